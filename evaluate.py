@@ -1,0 +1,249 @@
+"""From logits to masks at each photo's own size, to I and U, to mIoU, oIoU and Pr@X; one rule everywhere.
+
+    python evaluate.py --split val --panels panels.png             a split of the checkpoint's data set
+    python evaluate.py --split val --shuffle_text                  other photos' phrases: the score must fall
+    python evaluate.py --image photo.jpg --text "left piece slice"     one photo of your own
+"""
+import argparse
+import json
+import os
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+from data import Dataset, EvalBatches, Tokenizer, fit, letterbox, open_dataset, open_image
+from model import DCRIS, Config
+from weights import VOCABULARY, find, load_model
+
+THRESHOLD = {"aligned": 0.5, "detris": 0.35}              # of the probability; the release's is 0.35
+PRECISION = (0.5, 0.6, 0.7, 0.8, 0.9)                     # Pr@X: share of sentences with IoU > X
+MISSED, WRONG = (70, 110, 255), (255, 60, 60)             # panel colours: in truth only, in prediction only
+
+
+def tokenizer_for(cfg: Config) -> Tokenizer:
+    """CLIP's where the encoders are the released ones; encoders that began at random need no file."""
+    if cfg.weights == "none":
+        return Tokenizer(None, cfg.vocab_size)
+    return Tokenizer(find(VOCABULARY, cfg.weights), cfg.vocab_size)
+
+
+def pick_device(name: str) -> torch.device:
+    """auto: cuda where there is one, else mps, else cpu."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device {name}: not on this machine ({str(error).splitlines()[0]})") from error
+
+
+# ---- masks and metrics, as pure functions ----
+
+def restore_probabilities(logits: Tensor, size: tuple[int, int], image_size: int, rule: str) -> Tensor:
+    """One pair's logits (1, 4h, 4w) -> probability (H, W) at the photo's own size (H, W): letterbox undone.
+
+    aligned: pixel centres throughout. detris: the release's steps, bicubic with align_corners, then the
+    inverse of its affine letterbox on pixel indices, cubic with a = -0.75, zero outside (cv2.warpAffine).
+    """
+    prob, (H, W) = logits[None].float().sigmoid(), size
+    square = (image_size, image_size)
+    if rule == "aligned":
+        left, top, w, h = fit(W, H, image_size)
+        prob = F.interpolate(prob, square, mode="bicubic")[..., top:top + h, left:left + w]
+        return F.interpolate(prob, size, mode="bilinear", antialias=H < h)[0, 0]
+    prob = F.interpolate(prob, square, mode="bicubic", align_corners=True)
+    scale = min(image_size / W, image_size / H)
+    y, x = (torch.arange(n, dtype=torch.float64) * scale + (image_size - scale * n) / 2 for n in (H, W))
+    grid = torch.stack(torch.meshgrid(x, y, indexing="xy"), -1)            # (H, W, 2), indices in the square
+    grid = (2 * grid / (image_size - 1) - 1).float().to(prob.device)
+    return F.grid_sample(prob, grid[None], mode="bicubic", padding_mode="zeros", align_corners=True)[0, 0]
+
+
+def restore_masks(logits: Tensor, sizes: list[tuple[int, int]], image_size: int, rule: str = "aligned",
+                  threshold: float | None = None) -> list[Tensor]:
+    """logits (B, 1, 4h, 4w) -> B bool masks (H, W), one for each (H, W) of sizes, on the logits' device.
+
+    True where the restored probability is above the threshold; None: the rule's own.
+    """
+    threshold = THRESHOLD[rule] if threshold is None else threshold
+    return [restore_probabilities(one, size, image_size, rule) > threshold for one, size in zip(logits, sizes)]
+
+
+def metrics(inter: np.ndarray, union: np.ndarray) -> dict[str, float]:
+    """Per-sentence intersections and unions in pixels -> mIoU, oIoU, Pr@50 ... Pr@90 (fractions) and n.
+
+    Nothing predicted where nothing is to be found (union 0) counts as IoU 0, as in the release.
+    """
+    if not len(inter):
+        raise ValueError("no sentence to score")
+    iou = inter / np.maximum(union, 1)
+    precision = {f"Pr@{int(100 * x)}": float((iou > x).mean()) for x in PRECISION}
+    return dict(mIoU=float(iou.mean()), oIoU=float(inter.sum() / max(union.sum(), 1)), **precision, n=len(iou))
+
+
+@torch.inference_mode()
+def evaluate(model: DCRIS, dataset: Dataset, batch_size: int = 32, workers: int = 0, shuffle_text: bool = False,
+             threshold: float | None = None, rank: int = 0, world: int = 1, keep: list | None = None) -> dict:
+    """Score every sentence of a split at its photo's own size; all processes return the whole split's figures.
+
+    Returns metrics() of all sentences and, under "kinds", of each kind of phrase. Each process scores its own
+    chunks and one sum joins the disjoint rows, so nothing counts twice. keep: filled with a dict a sentence
+    (row, id, phrase, iou, truth, pred), for panels. The model's mode is put back afterwards.
+    """
+    cfg, device, training = model.config, model.mean.device, model.training
+    batches = EvalBatches(dataset, tokenizer_for(cfg), cfg.image_size, cfg.text_length, cfg.mask_rule,
+                          batch_size, rank, world, shuffle_text)
+    counts = torch.zeros(len(batches.pairs), 2, dtype=torch.float64)       # a sentence's I and U
+    model.eval()
+    for batch in torch.utils.data.DataLoader(batches, batch_size=None, num_workers=workers):
+        logits = model(batch["image"].to(device), batch["tokens"].to(device), batch["photo"].to(device))
+        sizes = [tuple(truth.shape) for truth in batch["truth"]]
+        preds = restore_masks(logits, sizes, cfg.image_size, cfg.mask_rule, threshold)
+        for k, (pred, truth) in enumerate(zip(preds, batch["truth"])):
+            truth = truth.to(device)
+            inter, union = (pred & truth).sum().item(), (pred | truth).sum().item()
+            counts[batch["rows"][k]] = torch.tensor([inter, union], dtype=torch.float64)
+            if keep is not None:
+                keep.append(dict(row=batch["rows"][k], id=batch["ids"][k], phrase=batch["phrases"][k],
+                                 iou=inter / max(union, 1), truth=truth.cpu().numpy(), pred=pred.cpu().numpy()))
+    model.train(training)
+    if world > 1:
+        counts = counts.to(device)
+        dist.all_reduce(counts)
+    inter, union = counts.cpu().numpy().T
+    kinds = np.array([dataset.kinds(i)[k] for i, k in batches.words])
+    return metrics(inter, union) | dict(kinds={
+        kind: metrics(inter[kinds == kind], union[kinds == kind]) for kind in sorted(set(kinds) - {""})})
+
+
+@torch.inference_mode()
+def segment(model: DCRIS, image: Image.Image | str | Path, text: str) -> tuple[np.ndarray, float]:
+    """The mask of what the text means in one photo: bool (H, W) as a person sees the photo, and a score.
+
+    The score is the mean probability inside the mask, 0 to 1; 0 where the mask is empty.
+    """
+    cfg, device = model.config, model.mean.device
+    image = image.convert("RGB") if isinstance(image, Image.Image) else open_image(image)
+    square = torch.from_numpy(letterbox(image, cfg.image_size, cfg.mask_rule)).permute(2, 0, 1)[None]
+    tokens = tokenizer_for(cfg)([text], cfg.text_length)
+    logits = model(square.to(device), tokens.to(device))
+    prob = restore_probabilities(logits[0], image.size[::-1], cfg.image_size, cfg.mask_rule)
+    mask = prob > THRESHOLD[cfg.mask_rule]
+    return mask.cpu().numpy(), float(prob[mask].mean()) if mask.any() else 0.0
+
+
+# ---- pictures ----
+
+def paint(photo: Image.Image, mask: np.ndarray, colour: tuple = (255, 60, 60)) -> Image.Image:
+    """The photo with a mask (H, W) laid over it, half transparent."""
+    cover = Image.fromarray(np.uint8(mask) * 130)
+    return Image.composite(Image.new("RGB", photo.size, colour), photo, cover)
+
+
+def draw_panels(rows: list[dict], dataset: Dataset, path: str | Path, side: int = 224) -> None:
+    """A PNG like the paper's Figure 3: photo | ground truth | prediction, with phrase and IoU over each row.
+
+    rows: what evaluate keeps. Written whole or not at all.
+    """
+    objects = {f"{dataset.object_id(i)}": i for i in range(len(dataset))}
+    font, gap = ImageFont.load_default(15), 8
+    height = side + 26
+    sheet = Image.new("RGB", (3 * (side + gap) + gap, len(rows) * (height + gap) + gap + 20), "white")
+    draw = ImageDraw.Draw(sheet)
+    for k, title in enumerate(("photo", "ground truth", "prediction")):
+        draw.text((gap + k * (side + gap) + side / 2, 4), title, "gray", font, anchor="ma")
+    for r, row in enumerate(rows):
+        photo = dataset.photo(objects[row["id"].rsplit(" sentence ", 1)[0]])
+        top = 20 + gap + r * (height + gap)
+        caption = f'"{row["phrase"]}"'
+        while draw.textlength(caption, font) > 3 * side - 90:
+            caption = caption[:-3] + '…"' if not caption.endswith('…"') else caption[:-4] + '…"'
+        draw.text((gap, top + 2), caption, "black", font)
+        draw.text((sheet.width - gap, top + 2), f"IoU {100 * row['iou']:.1f}", "black", font, anchor="ra")
+        for k, picture in enumerate((photo, paint(photo, row["truth"], (40, 170, 90)), paint(photo, row["pred"]))):
+            picture.thumbnail((side, side))
+            if max(picture.size) < side:
+                factor = side / max(picture.size)
+                picture = picture.resize([max(1, round(n * factor)) for n in picture.size], Image.BICUBIC)
+            left = gap + k * (side + gap) + (side - picture.width) // 2
+            sheet.paste(picture, (left, top + 24 + (side - picture.height) // 2))
+    save_image(sheet, path)
+
+
+def save_image(image: Image.Image, path: str | Path) -> None:
+    """PNG under a temporary name first, so that a picture is whole or the old one."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(path.name + ".part")
+    image.save(part, "PNG")
+    os.replace(part, path)
+
+
+# ---- command line ----
+
+def table(scores: dict) -> str:
+    """Percentages, one line for all sentences and one for each kind of phrase."""
+    names = ["mIoU", "oIoU", *(f"Pr@{int(100 * x)}" for x in PRECISION)]
+    lines = [f"{'':<12}" + "".join(f"{name:>8}" for name in names) + f"{'n':>8}"]
+    for kind, row in {"all": scores, **scores["kinds"]}.items():
+        lines.append(f"{kind:<12}" + "".join(f"{100 * row[name]:8.2f}" for name in names) + f"{row['n']:8d}")
+    return "\n".join(lines)
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--checkpoint", default="out/best.pt", help="a .pt of train.py, or a released model's name")
+    p.add_argument("--split", default="val")
+    p.add_argument("--dataset", help="default: the checkpoint's own")
+    p.add_argument("--data_root", help="default: the checkpoint's own")
+    p.add_argument("--json", metavar="FILE", help="write the figures here too")
+    p.add_argument("--panels", metavar="FILE.png", help="draw photo | ground truth | prediction")
+    p.add_argument("--shuffle_text", action="store_true", help="score with other photos' phrases")
+    p.add_argument("--threshold", type=float, help="of the probability; default: the rule's own")
+    p.add_argument("--batch_size", type=int, default=32)
+    p.add_argument("--workers", type=int, default=0)
+    p.add_argument("--device", default="auto")
+    p.add_argument("--image", metavar="FILE", help="a photo of your own")
+    p.add_argument("--text", help="what to find in it")
+    p.add_argument("--out", default="mask.png", metavar="FILE.png", help="its mask; an overlay is put beside it")
+    args = p.parse_args(argv)
+    if bool(args.image) != bool(args.text):
+        p.error("--image and --text go together")
+    return args
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse(argv)
+    model = load_model(args.checkpoint, pick_device(args.device))
+    if args.image:
+        photo = open_image(args.image)
+        mask, score = segment(model, photo, args.text)
+        overlay = Path(args.out).with_name(Path(args.out).stem + "_overlay.png")
+        save_image(Image.fromarray(mask), args.out)
+        save_image(paint(photo, mask), overlay)
+        print(f'"{args.text}": score {score:.3f}, {mask.mean():.1%} of the photo; wrote {args.out}, {overlay}')
+        return
+    cfg, keep, started = model.config, [] if args.panels else None, time.time()
+    dataset = open_dataset(args.dataset or cfg.dataset, args.split, args.data_root or cfg.data_root)
+    scores = evaluate(model, dataset, args.batch_size, args.workers, args.shuffle_text, args.threshold, keep=keep)
+    said = f"{dataset.name} {args.split}" + ", phrases shuffled between photos" * args.shuffle_text
+    print(f"{args.checkpoint} on {said}: {scores['n']} sentences, {time.time() - started:.0f} s")
+    print(table(scores))
+    if args.json:
+        Path(args.json).write_text(json.dumps(vars(args) | scores, indent=1))
+    if args.panels:
+        draw_panels(keep[::max(1, len(keep) // 8)][:8], dataset, args.panels)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (ValueError, OSError) as error:
+        sys.exit(f"evaluate.py: {error}")

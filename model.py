@@ -1,0 +1,485 @@
+"""DCRIS: a phrase and a photo in, the logits of a mask out (paper, Figure 1).
+
+    words, sentence = text(tokens)            CLIP text transformer, TextAdapter beside some MLPs      Eq. 3
+    taps            = vision(image, words)    DINOv2 ViT, DenseCrossAdapter beside some MLPs           Eq. 1-2
+    fused           = neck(taps, sentence)    three levels gated by the sentence, merged, placed       Eq. 4
+    fused           = decoder(fused, words)   self-attention, attention to the words, MLP, three times
+    logits          = projector(fused, sentence)   x4 larger, then a 3x3 kernel made from the sentence Eq. 5
+    loss            = contrastive_loss(logits, mask)                                                   Eq. 6
+
+Axes: B image-sentence pairs, P photos (P = B unless pairs share photos), H, W pixels, h, w patches, N = h*w,
+S = 1 + R + N image tokens with R registers, L text tokens, C image width, D text width, d head width.
+The encoders keep the released files' names, so those load without translation (weights.py).
+"""
+import argparse
+import functools
+import math
+from collections import OrderedDict
+from dataclasses import dataclass, fields
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from adapters import Attention, ConvBN, DenseCrossAdapter, DenseTextAdapter, TextAdapter
+
+ADAPTER_SCALE = 0.2                                       # weight of an adapter beside its MLP, as released
+MEAN = (0.48145466, 0.4578275, 0.40821073)                # CLIP's, for DINOv2 too, as released
+STD = (0.26862954, 0.26130258, 0.27577711)
+
+
+@dataclass
+class Config:
+    """Every dial; the command line's flags are these fields. Defaults: DCRIS-B of the paper."""
+    # image encoder
+    vision_width: int = 768            # C
+    vision_depth: int = 12             # blocks
+    vision_heads: int = 12
+    patch_size: int = 14               # pixels
+    registers: int = 4                 # R
+    pos_grid: int = 37                 # side of the released position table, patches
+    pos_resize: str = "dinov2"         # dinov2: antialias, by size; detris: no antialias, by factor with +0.1
+    image_size: int = 448              # side of the square input, pixels
+    taps: tuple = (4, 8)               # blocks whose patches feed the neck, 0-based; the last one always does
+    visual_layers: tuple = (1, 3, 5, 7, 9, 11)   # blocks with a DenseCrossAdapter, 0-based
+    visual_rank: int = 128             # its reduced width r
+    # text encoder
+    text_width: int = 512              # D, of words and sentence
+    text_depth: int = 12
+    text_heads: int = 8
+    vocab_size: int = 49408            # this many: CLIP's byte pairs; else one id a word, no file needed
+    context: int = 77                  # length of the released position table, tokens
+    text_length: int = 17              # L, start and end tokens included
+    text_layers: tuple = (1, 3, 5, 7, 9, 11)     # blocks with a text adapter, 0-based
+    text_rank: int = 64
+    text_adapter: str = "plain"        # plain: Eq. 3; dense: the authors' release
+    # head
+    head_width: int = 512              # d, of neck and decoder; the projector's kernel reads d/2 channels
+    head_heads: int = 8
+    decoder_depth: int = 3
+    decoder_ffn: int = 512
+    dropout: float = 0.1               # decoder, and attention weights in decoder and adapters
+    calm_start: bool = False           # begin as "all background": kernel head x0.1, its bias -3
+    mask_rule: str = "aligned"         # how masks change size: aligned (ours) or detris (the release's)
+    method: str = "dcris"              # dcris: adapters and head train; frozen: head; full: everything
+    # training
+    dataset: str = "refcoco"           # shapes refcoco refcoco+ refcocog_umd refcocog_google mix, or a .jsonl
+    data_root: str = "data"
+    weights: str = "weights"           # folder of the released encoders; none: start them at random
+    batch_size: int = 32               # pairs a step, over all processes
+    epochs: int = 50
+    lr: float = 1e-4                   # peak, Adam
+    schedule: str = "step"             # step: x0.1 after each of lr_steps; cosine: to 0
+    lr_steps: tuple = (35,)            # epochs
+    warmup: float = 0.0                # share of the run over which lr climbs from 0
+    clip: float = 0.0                  # largest gradient norm; 0: no clipping
+    seed: int = 0
+    workers: int = 4                   # loader processes
+    compile: bool = True               # torch.compile the model
+    bf16: bool = True                  # autocast to bfloat16
+    device: str = "auto"               # auto: cuda, else mps, else cpu
+    out: str = "out"                   # folder of checkpoints, log and pictures
+    resume: str = ""                   # a last.pt to go on from
+    benchmark: int = 0                 # N: time N steps on random data, print one JSON line, stop
+
+    def __post_init__(self):
+        for field in fields(self):                                     # a checkpoint may hold lists
+            if field.type is tuple:
+                setattr(self, field.name, tuple(getattr(self, field.name)))
+        if self.method == "frozen":
+            self.visual_layers = self.text_layers = ()
+        for name, allowed in CHOICES.items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"--{name} {getattr(self, name)}: need one of {' '.join(allowed)}")
+        for name, (of, factor) in MULTIPLES.items():
+            divisor = factor * (getattr(self, of) if of else 1)
+            if getattr(self, name) < 1 or divisor < 1 or getattr(self, name) % divisor:
+                raise ValueError(f"--{name} {getattr(self, name)}: need a positive multiple of {divisor}"
+                                 + f" (--{of})" * bool(of))
+        for name, depth in {"taps": self.vision_depth, "visual_layers": self.vision_depth,
+                            "text_layers": self.text_depth}.items():
+            blocks = getattr(self, name)
+            if list(blocks) != sorted(set(blocks)) or not all(0 <= i < depth for i in blocks):
+                raise ValueError(f"--{name} {blocks}: need rising block numbers from 0 to {depth - 1}")
+        if len(self.taps) != 2 or self.taps[1] == self.vision_depth - 1:
+            raise ValueError(f"--taps {self.taps}: need two blocks before the last, {self.vision_depth - 1}")
+        if not 3 <= self.text_length <= self.context:
+            raise ValueError(f"--text_length {self.text_length}: need 3 to --context {self.context}")
+        if not (0 <= self.dropout < 1 and self.lr > 0 and 0 <= self.warmup < 1 and self.clip >= 0):
+            raise ValueError("need 0 <= --dropout < 1, --lr > 0, 0 <= --warmup < 1, --clip >= 0; got "
+                             f"{self.dropout}, {self.lr}, {self.warmup}, {self.clip}")
+
+
+CHOICES = {"pos_resize": ("dinov2", "detris"), "text_adapter": ("plain", "dense"),
+           "mask_rule": ("aligned", "detris"), "method": ("dcris", "frozen", "full"),
+           "schedule": ("step", "cosine")}
+MULTIPLES = {"image_size": ("patch_size", 1), "vision_width": ("vision_heads", 1),   # field: (of field, times)
+             "text_width": ("text_heads", 1), "head_width": ("head_heads", 4), "visual_rank": ("", 16),
+             "text_rank": ("", 16), "vision_depth": ("", 1), "text_depth": ("", 1), "decoder_depth": ("", 1),
+             "decoder_ffn": ("", 1), "batch_size": ("", 1), "epochs": ("", 1), "pos_grid": ("", 1)}
+
+PRESETS = {                            # differences from the defaults, nothing else
+    "tiny": dict(vision_width=128, vision_depth=4, vision_heads=4, patch_size=8, image_size=96, pos_grid=12,
+                 registers=1, taps=(1, 2), visual_layers=(1, 3), visual_rank=64, text_width=128, text_depth=2,
+                 text_heads=4, vocab_size=2048, context=24, text_layers=(1,), head_width=64, decoder_ffn=128,
+                 dropout=0.0, calm_start=True, method="full", dataset="shapes", weights="none", batch_size=16,
+                 epochs=10, lr=4e-4, schedule="cosine", warmup=0.05, clip=0.2, workers=1, compile=False),
+    "dcris_s": dict(vision_width=384, vision_heads=6),
+    "dcris_b": dict(),
+    "dcris_l": dict(vision_width=1024, vision_depth=24, vision_heads=16, taps=(8, 16),
+                    visual_layers=(2, 6, 10, 14, 18, 22), lr=2e-4, batch_size=64),
+    "detris_b": dict(pos_resize="detris", text_adapter="dense", mask_rule="detris", epochs=65, lr_steps=(35, 55)),
+}
+
+
+def parse_config(argv: list[str] | None = None, saved: dict | None = None) -> Config:
+    """Defaults < preset, or a checkpoint's saved config < flags. An unknown flag or bad value exits with 2."""
+    p = argparse.ArgumentParser(argument_default=argparse.SUPPRESS, allow_abbrev=False)
+    p.add_argument("--preset", choices=PRESETS, default="tiny")
+    for f in fields(Config):
+        kind = {bool: dict(action=argparse.BooleanOptionalAction),
+                tuple: dict(type=int, nargs="*")}.get(f.type, dict(type=f.type, choices=CHOICES.get(f.name)))
+        p.add_argument(f"--{f.name}", help=f"default {f.default}", **kind)
+    flags = vars(p.parse_args(argv))
+    base = PRESETS[flags.pop("preset")] if saved is None else saved
+    try:
+        return Config(**{**base, **flags})
+    except ValueError as error:
+        p.error(str(error))
+
+
+# ---- image encoder: DINOv2 with registers (Oquab et al. 2023; Darcet et al. 2023), released names ----
+
+class VisionAttention(nn.Module):
+    """Self-attention over image tokens (B, S, C) with one fused table for query, key and value."""
+
+    def __init__(self, width: int, heads: int):
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(width, 3 * width)
+        self.proj = nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)   # 3 x (B, nh, S, hd)
+        return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+
+def mlp(width: int, first: str, act: nn.Module, second: str) -> nn.Sequential:
+    """Four times as wide inside; `first` and `second` are the released names of its two layers."""
+    return nn.Sequential(OrderedDict({first: nn.Linear(width, 4 * width), "act": act,
+                                      second: nn.Linear(4 * width, width)}))
+
+
+class VisionBlock(nn.Module):
+    """Pre-norm block in two halves: attend knows no words; update does where the block has an adapter."""
+
+    def __init__(self, cfg: Config, adapted: bool):
+        super().__init__()
+        C = cfg.vision_width
+        self.norm1, self.norm2 = nn.LayerNorm(C, eps=1e-6), nn.LayerNorm(C, eps=1e-6)
+        self.attn, self.mlp = VisionAttention(C, cfg.vision_heads), mlp(C, "fc1", nn.GELU(), "fc2")
+        self.ls1, self.ls2 = (nn.ParameterDict({"gamma": torch.ones(C)}) for _ in range(2))     # LayerScale
+        self.adapter = None
+        if adapted:
+            self.adapter = DenseCrossAdapter(C, cfg.visual_rank, cfg.text_width, cfg.dropout)
+
+    def attend(self, x: Tensor) -> Tensor:
+        return x + self.ls1["gamma"] * self.attn(self.norm1(x))
+
+    def update(self, x: Tensor, words: Tensor, grid: tuple[int, int]) -> Tensor:
+        normed = self.norm2(x)
+        change = self.mlp(normed)
+        if self.adapter is not None:                      # inside LayerScale, as released
+            change = change + ADAPTER_SCALE * self.adapter(normed, words, grid)
+        return x + self.ls2["gamma"] * change
+
+
+class VisionTransformer(nn.Module):
+    """DINOv2 ViT. image (P, 3, H, W) normalised, words (B, L, D) -> three taps, each (B, C, h, w).
+
+    photo (B,) says which of the P images each pair shows; None: P = B, in order. Whatever comes before the
+    first adapter knows no words, so it runs once a photo, and pairs part only there.
+    """
+
+    def __init__(self, cfg: Config):
+        super().__init__()
+        C, side = cfg.vision_width, cfg.image_size // cfg.patch_size
+        self.grid, self.table_side, self.rule = (side, side), cfg.pos_grid, cfg.pos_resize
+        self.image_size = (cfg.image_size, cfg.image_size)
+        self.prefix = 1 + cfg.registers                   # class token and registers
+        self.taps = (*cfg.taps, cfg.vision_depth - 1)
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, C))
+        self.pos_embed = nn.Parameter(0.02 * torch.randn(1, 1 + cfg.pos_grid ** 2, C))
+        self.register_tokens = nn.Parameter(1e-6 * torch.randn(1, cfg.registers, C))
+        self.mask_token = nn.Parameter(torch.zeros(1, C), requires_grad=False)   # of pretraining, never read
+        self.patch_embed = nn.ModuleDict({"proj": nn.Conv2d(3, C, cfg.patch_size, stride=cfg.patch_size)})
+        self.blocks = nn.ModuleList(VisionBlock(cfg, i in cfg.visual_layers) for i in range(cfg.vision_depth))
+        self.norm = nn.LayerNorm(C, eps=1e-6)
+        self.register_buffer("positions", self.resize_positions(), persistent=False)
+        self.register_load_state_dict_post_hook(VisionTransformer.table_loaded)
+
+    def resize_positions(self) -> Tensor:
+        """The table for this grid, (1, 1 + N, C): bicubic, by the rule; the class token's entry is kept."""
+        first, patches = self.pos_embed.split([1, self.table_side ** 2], dim=1)
+        if self.grid == (self.table_side, self.table_side):
+            return self.pos_embed.detach().clone()
+        patches = patches.detach().unflatten(1, (self.table_side, -1)).permute(0, 3, 1, 2)
+        if self.rule == "dinov2":
+            patches = F.interpolate(patches, self.grid, mode="bicubic", antialias=True)
+        else:                                             # the factor itself, not its rounding, sets the step
+            scale = [(side + 0.1) / self.table_side for side in self.grid]
+            patches = F.interpolate(patches, scale_factor=scale, mode="bicubic")
+        return torch.cat([first.detach(), patches.flatten(2).transpose(1, 2)], dim=1)
+
+    def table_loaded(self, _) -> None:
+        self.positions.copy_(self.resize_positions())     # once a load, not once a forward
+
+    def embed(self, image: Tensor) -> Tensor:
+        """(P, 3, H, W) -> (P, S, C): class, registers, patches; registers have no position."""
+        P, _, H, W = image.shape
+        if (H, W) != self.image_size:
+            raise ValueError(f"image is {H}x{W} pixels, the model takes {self.image_size}: letterbox it first")
+        patches = self.patch_embed["proj"](image).flatten(2).transpose(1, 2)      # (P, N, C)
+        table = self.pos_embed if self.positions.shape == self.pos_embed.shape else self.positions
+        x = torch.cat([self.cls_token.expand(P, -1, -1), patches], dim=1) + table
+        return torch.cat([x[:, :1], self.register_tokens.expand(P, -1, -1), x[:, 1:]], dim=1)
+
+    def forward(self, image: Tensor, words: Tensor, photo: Tensor | None = None) -> list[Tensor]:
+        shared = photo is not None                        # still one row a photo, not one a pair
+        x, taps = self.embed(image), []
+        for i, block in enumerate(self.blocks):
+            x = block.attend(x)
+            if shared and block.adapter is not None:
+                x, taps, shared = x[photo], [tap[photo] for tap in taps], False
+            x = block.update(x, words, self.grid)
+            if i in self.taps:
+                tap = self.norm(x) if i == self.taps[-1] else x            # only the last is normalised
+                taps.append(tap[:, self.prefix:])                          # (P or B, N, C)
+        taps = [tap[photo] for tap in taps] if shared else taps
+        return [tap.transpose(1, 2).unflatten(2, self.grid) for tap in taps]
+
+
+# ---- text encoder: CLIP's text transformer (Radford et al. 2021), released names ----
+
+class QuickGELU(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x * torch.sigmoid(1.702 * x)
+
+
+class TextBlock(nn.Module):
+    """Pre-norm block; the adapter reads the stream after attention, not normalised, as released."""
+
+    def __init__(self, cfg: Config, adapted: bool):
+        super().__init__()
+        D = cfg.text_width
+        self.ln_1, self.ln_2 = nn.LayerNorm(D), nn.LayerNorm(D)
+        self.attn, self.mlp = Attention(D, cfg.text_heads), mlp(D, "c_fc", QuickGELU(), "c_proj")
+        self.adapter = None
+        if adapted:
+            self.adapter = (TextAdapter if cfg.text_adapter == "plain" else DenseTextAdapter)(D, cfg.text_rank)
+
+    def forward(self, x: Tensor) -> Tensor:
+        normed = self.ln_1(x)
+        x = x + self.attn(normed, normed, normed, causal=True)
+        change = self.mlp(self.ln_2(x))
+        if self.adapter is not None:
+            change = change + ADAPTER_SCALE * self.adapter(x)
+        return x + change
+
+
+class TextTransformer(nn.Module):
+    """CLIP text transformer. tokens (B, L) -> words (B, L, D) after the final norm, sentence (B, D)."""
+
+    def __init__(self, cfg: Config):
+        super().__init__()
+        D = cfg.text_width
+        self.token_embedding = nn.Embedding(cfg.vocab_size, D)
+        self.positional_embedding = nn.Parameter(0.01 * torch.randn(cfg.context, D))
+        blocks = nn.ModuleList(TextBlock(cfg, i in cfg.text_layers) for i in range(cfg.text_depth))
+        self.transformer = nn.ModuleDict({"resblocks": blocks})            # only so that the released names fit
+        self.ln_final = nn.LayerNorm(D)
+        self.text_projection = nn.Parameter(D ** -0.5 * torch.randn(D, D))
+        self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)), requires_grad=False)   # never read
+        nn.init.normal_(self.token_embedding.weight, std=0.02)
+
+    def forward(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        x = self.token_embedding(tokens) + self.positional_embedding[:tokens.shape[1]]
+        for block in self.transformer["resblocks"]:
+            x = block(x)
+        words = self.ln_final(x)                          # (B, L, D)
+        end = tokens.argmax(dim=1)                        # the end token has the largest id
+        return words, words[torch.arange(len(words), device=end.device), end] @ self.text_projection
+
+
+# ---- head (paper, section 3.4; after CRIS and ETRIS) ----
+
+class Neck(nn.Module):
+    """Cross-modal neck (Eq. 4). taps 3 x (B, C, h, w), sentence (B, D) -> (B, d, h, w)."""
+
+    def __init__(self, cfg: Config):
+        super().__init__()
+        d = cfg.head_width
+        self.sentence = nn.Linear(cfg.text_width, d)
+        self.levels = nn.ModuleList(ConvBN(cfg.vision_width, d, 1) for _ in range(3))
+        self.fuse = nn.ModuleList(Attention(d, cfg.head_heads) for _ in range(3))
+        self.merge = ConvBN(3 * d, d, 1)
+        self.place = nn.Sequential(ConvBN(d + 2, d, 3), ConvBN(d, d, 3))
+        side = torch.linspace(-1, 1, cfg.image_size // cfg.patch_size)
+        y, x = torch.meshgrid(side, side, indexing="ij")
+        self.register_buffer("coordinates", torch.stack([x, y])[None], persistent=False)   # (1, 2, h, w)
+
+    def forward(self, taps: list[Tensor], sentence: Tensor) -> Tensor:
+        sentence = self.sentence(sentence)                                                 # (B, d)
+        # The paper's cross attention asks one key, the sentence: its answer is the same for every patch.
+        levels = [level(tap) * fuse.gate(sentence)[:, :, None, None]
+                  for tap, level, fuse in zip(taps, self.levels, self.fuse)]
+        fused = self.merge(torch.cat(levels, dim=1))                                       # (B, d, h, w)
+        coordinates = self.coordinates.expand(len(fused), -1, -1, -1).to(fused.dtype)
+        return fused + self.place(torch.cat([fused, coordinates], dim=1))
+
+
+def sine_positions(length: int, width: int) -> Tensor:
+    """Sine and cosine interleaved, base 10000 (Vaswani et al. 2017, section 3.5): (length, width)."""
+    rate = torch.exp(torch.arange(0, width, 2) * (-math.log(10000.0) / width))
+    angle = torch.arange(length)[:, None] * rate
+    return torch.stack([angle.sin(), angle.cos()], dim=-1).flatten(1)
+
+
+class DecoderLayer(nn.Module):
+    """Patches look at each other, then at the words, then an MLP; an extra norm closes each attention."""
+
+    def __init__(self, cfg: Config):
+        super().__init__()
+        d, p = cfg.head_width, cfg.dropout
+        self.norm1, self.norm2, self.norm3 = nn.LayerNorm(d), nn.LayerNorm(d), nn.LayerNorm(d)
+        self.self_attn, self.cross_attn = Attention(d, cfg.head_heads, p), Attention(d, cfg.head_heads, p)
+        self.self_attn_norm, self.cross_attn_norm = nn.LayerNorm(d), nn.LayerNorm(d)
+        self.ffn = nn.Sequential(nn.Linear(d, cfg.decoder_ffn), nn.ReLU(), nn.Dropout(p),
+                                 nn.LayerNorm(cfg.decoder_ffn), nn.Linear(cfg.decoder_ffn, d))
+        self.drop = nn.Dropout(p)
+
+    def forward(self, x: Tensor, pos: Tensor, words: Tensor, words_pos: Tensor, pad: Tensor) -> Tensor:
+        value = self.norm1(x)
+        asked = value + pos
+        x = x + self.drop(self.self_attn_norm(self.self_attn(asked, asked, value)))
+        found = self.cross_attn(self.norm2(x) + pos, words + words_pos, words, pad)
+        x = x + self.drop(self.cross_attn_norm(found))
+        return x + self.drop(self.ffn(self.norm3(x)))
+
+
+class Decoder(nn.Module):
+    """Vision-language decoder. x (B, d, h, w), words (B, L, D), pad (B, L) -> (B, d, h, w)."""
+
+    def __init__(self, cfg: Config):
+        super().__init__()
+        d, side = cfg.head_width, cfg.image_size // cfg.patch_size
+        self.words = nn.Identity() if cfg.text_width == d else nn.Linear(cfg.text_width, d)
+        self.layers = nn.ModuleList(DecoderLayer(cfg) for _ in range(cfg.decoder_depth))
+        self.norm = nn.LayerNorm(d)
+        line = sine_positions(side, d // 2)                                # first half of d: x; second: y
+        pos = torch.cat([line[None].expand(side, -1, -1), line[:, None].expand(-1, side, -1)], dim=-1)
+        self.register_buffer("pos", pos.flatten(0, 1), persistent=False)   # (N, d)
+        self.register_buffer("words_pos", sine_positions(cfg.context, d), persistent=False)
+
+    def forward(self, x: Tensor, words: Tensor, pad: Tensor) -> Tensor:
+        grid = x.shape[2:]
+        x, words = x.flatten(2).transpose(1, 2), self.words(words)         # (B, N, d), (B, L, d)
+        words_pos = self.words_pos[:words.shape[1]]
+        for layer in self.layers:
+            x = layer(x, self.pos, words, words_pos, pad)
+        return self.norm(x).transpose(1, 2).unflatten(2, grid)
+
+
+class Projector(nn.Module):
+    """Up-sampling projector (Eq. 5). x (B, d, h, w), sentence (B, D) -> logits (B, 1, 4h, 4w)."""
+
+    def __init__(self, cfg: Config):
+        super().__init__()
+        d, c = cfg.head_width, cfg.head_width // 2
+        self.up = nn.ModuleList([ConvBN(d, d, 3), ConvBN(d, c, 3)])
+        self.mix = nn.Conv2d(c, c, 1)
+        self.kernel = nn.Linear(cfg.text_width, 9 * c + 1)                 # c kernels of 3x3, then one bias
+        if cfg.calm_start:
+            nn.init.zeros_(self.kernel.bias)
+            self.kernel.weight.data *= 0.1
+            self.kernel.bias.data[-1] = -3.0
+
+    def forward(self, x: Tensor, sentence: Tensor) -> Tensor:
+        for conv in self.up:
+            x = conv(F.interpolate(x, scale_factor=2, mode="bilinear"))    # (B, c, 4h, 4w) in the end
+        kernel, bias = self.kernel(sentence).split([9 * x.shape[1], 1], dim=1)
+        kernel = kernel.unflatten(1, (-1, 9)).transpose(1, 2)              # (B, 9, c)
+        # F_c is mix(x) and the logits are F_c's 3x3 convolution with the kernel. Both are linear, so the
+        # kernel takes mix's weights in, nine maps come of one product, and the shifts add them up.
+        maps = (kernel @ self.mix.weight.flatten(1)) @ x.flatten(2) + kernel @ self.mix.bias[:, None]
+        maps = F.pad(maps.unflatten(2, x.shape[2:]), (1, 1, 1, 1))         # (B, 9, 4h + 2, 4w + 2)
+        H, W = x.shape[2:]
+        shifted = [maps[:, 3 * i + j, i:i + H, j:j + W] for i in range(3) for j in range(3)]
+        return (sum(shifted) + bias[:, :, None])[:, None]
+
+
+class DCRIS(nn.Module):
+    """The whole model. image (P, 3, H, W) uint8 0 ... 255, or float already normalised; tokens (B, L) int64
+    with 0 for padding; photo (B,) as in VisionTransformer -> logits (B, 1, 4h, 4w) float32.
+    """
+
+    def __init__(self, config: Config):
+        super().__init__()
+        self.config = config
+        self.vision, self.text = VisionTransformer(config), TextTransformer(config)
+        self.neck, self.decoder, self.projector = Neck(config), Decoder(config), Projector(config)
+        self.register_buffer("mean", 255 * torch.tensor(MEAN).view(3, 1, 1), persistent=False)
+        self.register_buffer("std", 255 * torch.tensor(STD).view(3, 1, 1), persistent=False)
+        if config.method != "full":                       # freeze the encoders, then free what was put in
+            self.vision.requires_grad_(False)
+            self.text.requires_grad_(False)
+            for adapter in self.adapters():
+                adapter.requires_grad_(True)
+
+    def adapters(self) -> list[nn.Module]:
+        blocks = [*self.vision.blocks, *self.text.transformer["resblocks"]]
+        return [block.adapter for block in blocks if block.adapter is not None]
+
+    def forward(self, image: Tensor, tokens: Tensor, photo: Tensor | None = None) -> Tensor:
+        if image.dtype == torch.uint8:
+            image = (image - self.mean) / self.std
+        words, sentence = self.text(tokens)
+        taps = self.vision(image, words, photo)
+        fused = self.neck(taps, sentence)
+        fused = self.decoder(fused, words, tokens == 0)
+        return self.projector(fused, sentence).float()
+
+    def parameter_counts(self) -> dict[str, int]:
+        """Parameters by part; `backbone` is the paper's sum, which leaves out the text position table."""
+        count = lambda *modules: sum(p.numel() for m in modules for p in m.parameters())
+        adapters = count(*self.adapters())
+        visual = count(*(block.adapter for block in self.vision.blocks if block.adapter is not None))
+        vision, text = count(self.vision) - visual, count(self.text) - (adapters - visual)
+        return dict(adapters=adapters, neck=count(self.neck), decoder=count(self.decoder),
+                    projector=count(self.projector),
+                    trainable=sum(p.numel() for p in self.parameters() if p.requires_grad),
+                    vision=vision, text=text, backbone=vision + text - self.text.positional_embedding.numel())
+
+
+@functools.lru_cache(maxsize=8)
+def area_weights(pixels: int, cells: int) -> Tensor:
+    """(cells, pixels): the share of each cell that each pixel covers; rows sum to 1."""
+    edges = torch.arange(cells + 1, dtype=torch.float64) * pixels / cells
+    pixel = torch.arange(pixels)
+    overlap = torch.minimum(edges[1:, None], pixel + 1) - torch.maximum(edges[:-1, None], pixel)
+    return (overlap.clamp(min=0) * cells / pixels).float()
+
+
+def contrastive_loss(logits: Tensor, mask: Tensor, rule: str = "aligned") -> Tensor:
+    """Text-to-pixel contrastive loss (paper, Eq. 6): cross-entropy of sigma(F_c . F_l), mean over pixels.
+
+    logits (B, 1, 4h, 4w) float32; mask (B, 1, H, W) in [0, 1], brought to the logits' grid by the rule:
+    aligned, the exact area average; detris, the nearest pixel. Returns a scalar in nats.
+    """
+    H, W = logits.shape[2:]
+    if rule == "detris":
+        mask = F.interpolate(mask, (H, W), mode="nearest")
+    else:
+        rows, columns = area_weights(mask.shape[2], H).to(mask), area_weights(mask.shape[3], W).to(mask)
+        mask = rows @ mask @ columns.T
+    return F.binary_cross_entropy_with_logits(logits, mask)

@@ -1,0 +1,289 @@
+"""Train DCRIS.
+
+    python train.py                                              preset tiny on rendered shapes: CPU, no network
+    torchrun --standalone --nproc_per_node=2 train.py --preset dcris_b --dataset refcoco       the paper's B
+    torchrun --standalone --nproc_per_node=4 train.py --preset dcris_l --dataset refcoco       the paper's L
+    python train.py --resume out/last.pt                         go on where a run stopped
+    python train.py --preset dcris_b --benchmark 50              time 50 steps on random data, print one JSON line
+
+Writes OUT/log.jsonl, last.pt, best.pt (best mIoU on val), curves.png and panels.png.
+"""
+import contextlib
+import json
+import math
+import os
+import platform
+import sys
+import time
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.distributed.nn
+import torch.nn.functional as F
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader
+from torch.utils.flop_counter import FlopCounterMode
+
+from data import TrainBatches, open_dataset
+from evaluate import draw_panels, evaluate, pick_device, save_image, table, tokenizer_for
+from model import DCRIS, Config, contrastive_loss, parse_config
+from weights import load_encoders, load_trained, read_checkpoint, save_checkpoint
+
+LOG_EVERY = 20                                            # steps
+
+
+def lr_factor(cfg: Config, done: float) -> float:
+    """Share of the peak learning rate after a share `done` of the run, 0 to 1."""
+    if done < cfg.warmup:
+        return done / cfg.warmup
+    if cfg.schedule == "cosine":
+        return 0.5 + 0.5 * math.cos(math.pi * (done - cfg.warmup) / (1 - cfg.warmup))
+    return 0.1 ** sum(done * cfg.epochs >= epoch for epoch in cfg.lr_steps)
+
+
+class SharedBatchNorm(nn.modules.batchnorm._BatchNorm):
+    """BatchNorm over the batch of all processes, for CPUs, where torch's SyncBatchNorm does not run.
+
+    Each process must hold equally many samples, as TrainBatches sees to.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training:
+            return super().forward(x)
+        axes = [0, *range(2, x.dim())]
+        wide = x.float()
+        moments = torch.stack([wide.mean(axes), wide.square().mean(axes)])     # (2, C)
+        mean, square = torch.distributed.nn.all_reduce(moments) / dist.get_world_size()
+        var = square - mean.square()
+        count = x.numel() // x.shape[1] * dist.get_world_size()
+        with torch.no_grad():
+            self.num_batches_tracked += 1
+            self.running_mean.lerp_(mean, self.momentum)
+            self.running_var.lerp_(var * count / (count - 1), self.momentum)
+        shape = [1, -1] + [1] * (x.dim() - 2)
+        scale = self.weight * torch.rsqrt(var + self.eps)
+        return (wide * scale.view(shape) + (self.bias - mean * scale).view(shape)).to(x.dtype)
+
+
+def share_batchnorm(model: nn.Module, device: torch.device) -> nn.Module:
+    """Make every BatchNorm see all processes' samples: torch's own on CUDA, ours elsewhere."""
+    if device.type == "cuda":
+        return nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.__class__ = SharedBatchNorm            # same parameters and buffers, other forward
+    return model
+
+
+def start_processes(cfg: Config) -> tuple[int, int, torch.device]:
+    """(rank, world size, device); joins the group where torchrun started this process."""
+    device, world = pick_device(cfg.device), int(os.environ.get("WORLD_SIZE", 1))
+    if world == 1:
+        return 0, 1, device
+    if device.type == "cuda":
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return dist.get_rank(), world, device
+
+
+def precision(cfg: Config, device: torch.device):
+    """Context of a forward pass: bf16 autocast, and on CPUs attention as plain matrix products.
+
+    The fused attention of CPUs has a slow backward in bf16 (several times a step's other work).
+    """
+    stack = contextlib.ExitStack()
+    stack.enter_context(torch.autocast(device.type, torch.bfloat16, enabled=cfg.bf16))
+    if device.type == "cpu" and cfg.bf16:
+        torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)      # else it computes in float32
+        stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+    return stack
+
+
+# ---- pictures of a run ----
+
+def draw_curves(log: Path, path: Path) -> None:
+    """PNG of a log.jsonl: training loss against steps, and mIoU on val against steps."""
+    lines = [json.loads(line) for line in log.read_text().splitlines()]
+    sheet = Image.new("RGB", (960, 400), "white")
+    plot(sheet, (70, 40, 460, 340), [(line["step"], line["loss"]) for line in lines if "loss" in line],
+         "training loss, nats per pixel")
+    plot(sheet, (550, 40, 940, 340), [(line["step"], 100 * line["mIoU"]) for line in lines if "mIoU" in line],
+         "mIoU on val, %")
+    save_image(sheet, path)
+
+
+def plot(sheet: Image.Image, box: tuple[int, int, int, int], points: list[tuple[float, float]], title: str) -> None:
+    """One curve with axes into box (left, top, right, bottom); y starts at 0."""
+    draw, font, (left, top, right, bottom) = ImageDraw.Draw(sheet), ImageFont.load_default(13), box
+    draw.text((left, top - 24), title, "black", font)
+    draw.text((right, bottom + 26), "step", "gray", font, anchor="ra")
+    if not points:
+        return
+    x_top, y_top = max(x for x, _ in points) or 1, max(y for _, y in points) or 1
+    unit = 10 ** math.floor(math.log10(y_top / 2))
+    unit *= next(m for m in (1, 2, 5, 10) if y_top / (unit * m) <= 6)
+    for k in range(math.floor(y_top / unit) + 1):
+        y = bottom - k * unit / y_top * (bottom - top)
+        draw.line((left, y, right, y), "gainsboro")
+        draw.text((left - 6, y), f"{k * unit:g}", "gray", font, anchor="rm")
+    for k in range(5):
+        x = left + k / 4 * (right - left)
+        draw.text((x, bottom + 6), f"{k / 4 * x_top:.0f}", "gray", font, anchor="ma")
+    draw.line((left, top, left, bottom, right, bottom), "gray")
+    spots = [(left + x / x_top * (right - left), bottom - y / y_top * (bottom - top)) for x, y in points]
+    draw.line(spots, (40, 90, 200), 2, joint="curve")
+    draw.ellipse((spots[-1][0] - 3, spots[-1][1] - 3, spots[-1][0] + 3, spots[-1][1] + 3), fill=(40, 90, 200))
+
+
+# ---- the run ----
+
+def train_step(model: nn.Module, optimizer: torch.optim.Optimizer, batch: dict, cfg: Config,
+               device: torch.device) -> tuple[Tensor, Tensor]:
+    """One update. Returns loss and gradient norm (before clipping) as tensors on the device, not read yet."""
+    batch = {k: v.to(device, non_blocking=True) for k, v in batch.items() if isinstance(v, Tensor)}
+    with precision(cfg, device):
+        logits = model(batch["image"], batch["tokens"], batch.get("photo"))
+    loss = contrastive_loss(logits, batch["mask"].float() / 255, cfg.mask_rule)
+    optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    trained = [p for group in optimizer.param_groups for p in group["params"]]
+    norm = nn.utils.clip_grad_norm_(trained, cfg.clip or math.inf)
+    optimizer.step()
+    return loss.detach(), norm
+
+
+def benchmark(cfg: Config, model: nn.Module, optimizer: torch.optim.Optimizer, device: torch.device) -> dict:
+    """Time cfg.benchmark real steps on random data; arithmetic from torch's counter, the peak from a matmul."""
+    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    dtype = torch.bfloat16 if cfg.bf16 else torch.float32
+    side, B = cfg.image_size, cfg.batch_size
+    batch = dict(image=torch.randint(0, 256, (B, 3, side, side), dtype=torch.uint8, device=device),
+                 tokens=torch.randint(1, cfg.vocab_size, (B, cfg.text_length), device=device),
+                 mask=torch.randint(0, 256, (B, 1, side, side), dtype=torch.uint8, device=device))
+    with FlopCounterMode(display=False) as counter:
+        train_step(getattr(model, "_orig_mod", model), optimizer, batch, cfg, device)
+    for _ in range(3):                                    # compile and warm up
+        train_step(model, optimizer, batch, cfg, device)
+    wait()
+    started = time.perf_counter()
+    for _ in range(cfg.benchmark):
+        train_step(model, optimizer, batch, cfg, device)
+    wait()
+    seconds = (time.perf_counter() - started) / cfg.benchmark
+    n = 8192 if device.type == "cuda" else 1024
+    a, rates = torch.randn(n, n, device=device, dtype=dtype), []
+    for _ in range(10):
+        wait()
+        started = time.perf_counter()
+        a @ a
+        wait()
+        rates.append(2 * n ** 3 / (time.perf_counter() - started))
+    achieved = counter.get_total_flops() / seconds
+    memory = torch.cuda.max_memory_allocated() / 2 ** 30 if device.type == "cuda" else None
+    name = torch.cuda.get_device_name() if device.type == "cuda" else platform.processor() or platform.machine()
+    return dict(samples_per_s=round(B / seconds, 2), tflops=round(achieved / 1e12, 3),
+                matmul_peak_tflops=round(max(rates) / 1e12, 3), share_of_peak=round(achieved / max(rates), 3),
+                peak_memory_gib=memory and round(memory, 2), device=name, torch=torch.__version__,
+                batch_size=B, compile=cfg.compile, bf16=cfg.bf16)
+
+
+def main(argv: list[str] | None = None) -> None:
+    cfg, saved = parse_config(argv), None
+    if cfg.resume:
+        saved = read_checkpoint(cfg.resume)
+        cfg = parse_config(argv, saved["config"])
+    rank, world, device = start_processes(cfg)
+    say = print if rank == 0 else lambda *_, **__: None
+    torch.manual_seed(cfg.seed)
+    raw = DCRIS(cfg)
+    load_encoders(raw)
+    if saved:
+        load_trained(raw, saved)
+    raw = share_batchnorm(raw, device) if world > 1 else raw
+    raw.to(device).train()
+    counts = raw.parameter_counts()
+    say("parameters: " + ", ".join(f"{name} {n:,}" for name, n in counts.items()))
+    model = torch.compile(raw) if cfg.compile else raw
+    model = DistributedDataParallel(model) if world > 1 else model
+    trained = [p for p in raw.parameters() if p.requires_grad]
+    optimizer = torch.optim.Adam(trained, cfg.lr, fused=device.type in ("cpu", "cuda"))
+    if cfg.benchmark:
+        say(json.dumps(benchmark(cfg, model, optimizer, device)))
+        return
+
+    tokenizer = tokenizer_for(cfg)
+    train_set = open_dataset(cfg.dataset, "train", cfg.data_root, cfg.seed)
+    val_set = open_dataset(cfg.dataset, "val", cfg.data_root)
+    batches = TrainBatches(train_set, tokenizer, cfg.image_size, cfg.text_length, cfg.mask_rule, cfg.batch_size,
+                           cfg.seed, rank, world)
+    epoch_ends = [math.ceil(e * len(train_set) / cfg.batch_size) for e in range(1, cfg.epochs + 1)]
+    total, step, best = epoch_ends[-1], 0, 0.0
+    if saved:
+        optimizer.load_state_dict(saved["optimizer"])
+        torch.set_rng_state(saved["rng"])
+        step, best = saved["step"], saved["best"]
+    loader = iter(DataLoader(batches, batch_size=None, sampler=range(step, total), num_workers=cfg.workers,
+                             pin_memory=device.type == "cuda", prefetch_factor=4 if cfg.workers else None))
+    out = Path(cfg.out)
+    out.mkdir(parents=True, exist_ok=True)
+    log = open(out / "log.jsonl", "a" if saved else "w") if rank == 0 else open(os.devnull, "w")
+    say(f"{cfg.dataset}: {len(train_set)} objects an epoch, {total - step} steps of {cfg.batch_size} pairs over "
+        f"{world} process{'es' * (world > 1)} on {device}; {len(val_set)} objects to validate on")
+
+    started, first, losses = time.time(), step, []
+    while step < total:
+        lr = cfg.lr * lr_factor(cfg, step / total)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        loss, norm = train_step(model, optimizer, next(loader), cfg, device)
+        losses.append(loss)
+        step += 1
+        if step % LOG_EVERY == 0 or step in epoch_ends:
+            mean = torch.stack(losses).mean()
+            losses = []
+            if world > 1:
+                dist.all_reduce(mean)
+                mean /= world
+            if not math.isfinite(mean):
+                raise ValueError(f"loss {mean.item()} by step {step} at learning rate {lr:.2e}; lower --lr or "
+                                 f"set --clip, and go on with --resume {out / 'last.pt'}")
+            epoch = step * cfg.batch_size / len(train_set)
+            rate = (step - first) * cfg.batch_size / (time.time() - started)
+            left = (total - step) * cfg.batch_size / rate
+            say(f"\repoch {epoch:5.2f}/{cfg.epochs}  step {step}/{total}  loss {mean.item():.4f}  lr {lr:.1e}  "
+                f"gradient {norm.item():.2f}  {rate:.0f} samples/s  {left // 60:.0f}:{left % 60:02.0f} left ",
+                end="" if sys.stdout.isatty() else "\n", flush=True)
+            print(json.dumps(dict(step=step, epoch=round(epoch, 4), loss=mean.item(), lr=lr, norm=norm.item())),
+                  file=log, flush=True)
+        if step in epoch_ends:
+            keep = [] if step == total and rank == 0 else None
+            scores = evaluate(raw, val_set, rank=rank, world=world, keep=keep)
+            improved, best = scores["mIoU"] > best, max(best, scores["mIoU"])
+            say(f"\nval after epoch {epoch_ends.index(step) + 1}: mIoU {100 * scores['mIoU']:.2f}, "
+                f"oIoU {100 * scores['oIoU']:.2f}" + ", the best so far" * improved, flush=True)
+            print(json.dumps(dict(step=step, **scores)), file=log, flush=True)
+            if rank == 0:
+                state = dict(optimizer=optimizer, step=step, best=best, rng=torch.get_rng_state())
+                save_checkpoint(out / "last.pt", raw, **state)
+                if improved:
+                    save_checkpoint(out / "best.pt", raw, step=step, best=best)
+    if rank == 0:
+        draw_curves(out / "log.jsonl", out / "curves.png")
+        draw_panels(keep[::max(1, len(keep) // 6)][:6], val_set, out / "panels.png")
+        print(table(scores))
+        print(f"done in {(time.time() - started) / 60:.1f} min: {out}/best.pt, mIoU {100 * best:.2f} on val; "
+              f"look at {out}/panels.png and {out}/curves.png")
+    if world > 1:
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (ValueError, OSError) as error:
+        sys.exit(f"train.py: {error}")
