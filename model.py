@@ -113,7 +113,7 @@ class Config:
 CHOICES = {"pos_resize": ("dinov2", "detris"), "text_adapter": ("plain", "dense"),
            "mask_rule": ("aligned", "detris"), "method": ("dcris", "frozen", "full"),
            "schedule": ("step", "cosine")}
-MULTIPLES = {"image_size": ("patch_size", 1), "vision_width": ("vision_heads", 1),   # field: (of field, times)
+MULTIPLES = {"image_size": ("patch_size", 1), "vision_width": ("vision_heads", 4),   # field: (of field, times)
              "text_width": ("text_heads", 1), "head_width": ("head_heads", 4), "visual_rank": ("", 16),
              "text_rank": ("", 16), "vision_depth": ("", 1), "text_depth": ("", 1), "decoder_depth": ("", 1),
              "decoder_ffn": ("", 1), "batch_size": ("", 1), "epochs": ("", 1), "pos_grid": ("", 1)}
@@ -146,6 +146,19 @@ def parse_config(argv: list[str] | None = None, saved: dict | None = None) -> Co
         return Config(**{**base, **flags})
     except ValueError as error:
         p.error(str(error))
+
+
+def sine_positions(length: int, width: int) -> Tensor:
+    """Sine and cosine interleaved, base 10000 (Vaswani et al. 2017, section 3.5): (length, width)."""
+    rate = torch.exp(torch.arange(0, width, 2) * (-math.log(10000.0) / width))
+    angle = torch.arange(length)[:, None] * rate
+    return torch.stack([angle.sin(), angle.cos()], dim=-1).flatten(1)
+
+
+def square_positions(side: int, width: int) -> Tensor:
+    """The same for a square of patches, (side * side, width): first half of the width x, second half y."""
+    line = sine_positions(side, width // 2)
+    return torch.cat([line[None].expand(side, -1, -1), line[:, None].expand(-1, side, -1)], dim=-1).flatten(0, 1)
 
 
 # ---- image encoder: DINOv2 with registers (Oquab et al. 2023; Darcet et al. 2023), released names ----
@@ -209,7 +222,8 @@ class VisionTransformer(nn.Module):
         self.prefix = 1 + cfg.registers                   # class token and registers
         self.taps = (*cfg.taps, cfg.vision_depth - 1)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, C))
-        self.pos_embed = nn.Parameter(0.02 * torch.randn(1, 1 + cfg.pos_grid ** 2, C))
+        places = F.pad(square_positions(cfg.pos_grid, C), (0, 0, 1, 0))    # differs: a start for training from
+        self.pos_embed = nn.Parameter(0.5 * places[None])                  # nothing; released weights replace it
         self.register_tokens = nn.Parameter(1e-6 * torch.randn(1, cfg.registers, C))
         self.mask_token = nn.Parameter(torch.zeros(1, C), requires_grad=False)   # of pretraining, never read
         self.patch_embed = nn.ModuleDict({"proj": nn.Conv2d(3, C, cfg.patch_size, stride=cfg.patch_size)})
@@ -338,13 +352,6 @@ class Neck(nn.Module):
         return fused + self.place(torch.cat([fused, coordinates], dim=1))
 
 
-def sine_positions(length: int, width: int) -> Tensor:
-    """Sine and cosine interleaved, base 10000 (Vaswani et al. 2017, section 3.5): (length, width)."""
-    rate = torch.exp(torch.arange(0, width, 2) * (-math.log(10000.0) / width))
-    angle = torch.arange(length)[:, None] * rate
-    return torch.stack([angle.sin(), angle.cos()], dim=-1).flatten(1)
-
-
 class DecoderLayer(nn.Module):
     """Patches look at each other, then at the words, then an MLP; an extra norm closes each attention."""
 
@@ -376,9 +383,7 @@ class Decoder(nn.Module):
         self.words = nn.Identity() if cfg.text_width == d else nn.Linear(cfg.text_width, d)
         self.layers = nn.ModuleList(DecoderLayer(cfg) for _ in range(cfg.decoder_depth))
         self.norm = nn.LayerNorm(d)
-        line = sine_positions(side, d // 2)                                # first half of d: x; second: y
-        pos = torch.cat([line[None].expand(side, -1, -1), line[:, None].expand(-1, side, -1)], dim=-1)
-        self.register_buffer("pos", pos.flatten(0, 1), persistent=False)   # (N, d)
+        self.register_buffer("pos", square_positions(side, d), persistent=False)           # (N, d)
         self.register_buffer("words_pos", sine_positions(cfg.context, d), persistent=False)
 
     def forward(self, x: Tensor, words: Tensor, pad: Tensor) -> Tensor:

@@ -222,7 +222,7 @@ def main(argv: list[str] | None = None) -> None:
     batches = TrainBatches(train_set, tokenizer, cfg.image_size, cfg.text_length, cfg.mask_rule, cfg.batch_size,
                            cfg.seed, rank, world)
     epoch_ends = [math.ceil(e * len(train_set) / cfg.batch_size) for e in range(1, cfg.epochs + 1)]
-    total, step, best = epoch_ends[-1], 0, 0.0
+    total, step, best = epoch_ends[-1], 0, -1.0
     if saved:
         optimizer.load_state_dict(saved["optimizer"])
         torch.set_rng_state(saved["rng"])
@@ -252,7 +252,7 @@ def main(argv: list[str] | None = None) -> None:
             if not math.isfinite(mean):
                 raise ValueError(f"loss {mean.item()} by step {step} at learning rate {lr:.2e}; lower --lr or "
                                  f"set --clip, and go on with --resume {out / 'last.pt'}")
-            epoch = step * cfg.batch_size / len(train_set)
+            epoch = min(step * cfg.batch_size / len(train_set), cfg.epochs)
             rate = (step - first) * cfg.batch_size / (time.time() - started)
             left = (total - step) * cfg.batch_size / rate
             say(f"\repoch {epoch:5.2f}/{cfg.epochs}  step {step}/{total}  loss {mean.item():.4f}  lr {lr:.1e}  "

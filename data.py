@@ -1,0 +1,741 @@
+"""From files to arrays: phrases to token ids, photos and masks to squares, data sets to referred objects.
+
+    phrase -> Tokenizer -> ids (B, L)               photo -> open_image -> letterbox -> uint8 (size, size, 3)
+    COCO polygons or RLE -> segmentation_to_mask -> bool (H, W) -> letterbox_mask -> uint8 (size, size)
+"""
+import gc
+import gzip
+import heapq
+import html
+import itertools
+import io
+import json
+import math
+import os
+import pickle
+import re
+import time
+import unicodedata
+import zipfile
+import zlib
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageDraw, ImageOps
+
+BORDER = (123, 117, 104)           # CLIP's mean colour, (0.48145466, 0.4578275, 0.40821073) of 255
+REFCOCO = {                        # split -> objects, sentences of the release (None: not published)
+    "refcoco": dict(train=(42404, 120624), val=(3811, 10834), testA=(1975, 5657), testB=(1810, 5095)),
+    "refcoco+": dict(train=(42278, 120191), val=(3805, 10758), testA=(1975, 5726), testB=(1798, 4889)),
+    "refcocog_umd": dict(train=(42226, 80512), val=(2573, 4896), test=(5023, 9602)),
+    "refcocog_google": dict(train=(44822, None), val=(5000, None)),
+}
+
+
+def read_file(path: str | Path, parse, fix: str):
+    """parse(open file). A missing or damaged file raises an error that names it and says what to do."""
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"{path} is missing; {fix}")
+    gc.disable()                   # it would rescan the growing lists over and over, for half of the time
+    try:
+        with open(path, "rb") as f:
+            return parse(f)
+    except Exception as e:         # parsers raise nearly anything on a broken file
+        why = f"{type(e).__name__}: {e}"
+        raise ValueError(f"{path} cannot be read ({why}); if it is damaged, delete it and {fix}") from e
+    finally:
+        gc.enable()
+
+
+# ---- phrases ----
+class Tokenizer:
+    """CLIP's byte-pair tokenizer (github.com/openai/CLIP, simple_tokenizer.py) without `regex` and `ftfy`.
+
+    vocab_path: bpe_simple_vocab_16e6.txt.gz. None: no file at all, one id a word, from the word's checksum.
+    """
+    # differs: ftfy's repairs of broken encodings are left out; any other text gets CLIP's ids.
+    space = re.compile(r"[^\S\x1c-\x1f]+")         # \s of the `regex` package lacks these four controls
+    split = re.compile(r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[a-z]+|[0-9]|[^a-z0-9 ]+")
+
+    def __init__(self, vocab_path: str | Path | None = None, vocab_size: int = 49408):
+        self.vocab_size, self.start, self.end = vocab_size, vocab_size - 2, vocab_size - 1
+        self.cache = {"<|startoftext|>": [self.start], "<|endoftext|>": [self.end]}
+        self.ranks = None                          # None: ids by checksum
+        if vocab_path is None:
+            return
+        # a header line, then CLIP uses 48,894 pairs, best first; 3 MB, and no more than 8 are unpacked
+        merges = read_file(vocab_path, lambda f: [(a, b) for a, b in map(
+            str.split, gzip.open(f).read(8 << 20).decode("utf-8").split("\n")[1:48895])],
+            "run python weights.py dcris_b, or put CLIP's file of this name there")
+        self.ranks = {pair: rank for rank, pair in enumerate(merges)}
+        # GPT-2's table: printable bytes stand for themselves, the other 68 for characters from 256 on
+        plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
+        other = [b for b in range(256) if b not in plain]
+        self.letters = dict(zip(plain + other, map(chr, plain + [*range(256, 324)])))
+        symbols = [*self.letters.values(), *(s + "</w>" for s in self.letters.values())]
+        self.ids = {symbol: i for i, symbol in enumerate(symbols + [a + b for a, b in merges])}
+        if not len(self.ids) + 2 == vocab_size == 49408:
+            raise ValueError(f"vocab_size {vocab_size}, {len(self.ids) + 2} in {vocab_path}: must be 49408")
+
+    def __call__(self, sentences: list[str], length: int) -> torch.LongTensor:
+        """(B, length): start, phrase, end, zeros. A longer phrase is cut, its last id is end all the same."""
+        if isinstance(sentences, str) or length < 2:
+            raise ValueError(f"got {sentences!r}, length {length}: expected a list of phrases, 2 or more ids")
+        tokens = torch.zeros(len(sentences), length, dtype=torch.long)        # (B, L)
+        for row, sentence in zip(tokens, sentences):
+            ids = [self.start, *self.encode(sentence)[:length - 2], self.end]
+            row[:len(ids)] = torch.tensor(ids)
+        return tokens
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of one phrase, without start and end."""
+        text = self.space.sub(" ", html.unescape(html.unescape(text)).strip()).strip().lower()
+        # `split` sees a copy in which z stands for any letter beyond ASCII, 0 for a number, ! for the rest;
+        # ſ and U+0345 are special: ignoring case, the original takes one for an s and skips the other
+        kinds, odd = {"L": "z", "N": "0"}, {"ſ": "s", "\u0345": " "}
+        copy = "".join(c if c.isascii() else odd.get(c) or kinds.get(unicodedata.category(c)[0], "!")
+                       for c in text)
+        return [i for m in self.split.finditer(copy) for i in self.piece(text[m.start():m.end()])]
+
+    def piece(self, text: str) -> list[int]:
+        data = text.encode("utf-8", "replace")     # a lone surrogate becomes "?"
+        if text not in self.cache and self.ranks is None:
+            self.cache[text] = [zlib.crc32(data) % (self.vocab_size - 3) + 1]           # 0 is padding
+        elif text not in self.cache:
+            *word, last = [self.letters[b] for b in data]
+            self.cache[text] = [self.ids[s] for s in merge([*word, last + "</w>"], self.ranks)]
+        return self.cache[text]
+
+
+def merge(word: list[str], ranks: dict) -> list[str]:
+    """Byte-pair merging: again and again the best-ranked pair. A heap makes it O(n log n).
+
+    A pair with a merged symbol ranks behind that symbol's own merge, so taking one place after another, from
+    the left, gives what CLIP gets from whole passes.
+    """
+    n, heap = len(word), []
+    word, after, before = [*word, None], [*range(1, n + 1), n], [*range(-1, n)]    # None: gone to its left
+
+    def push(i):
+        if (rank := ranks.get((word[i], word[after[i]]))) is not None:
+            heapq.heappush(heap, (rank, i))
+
+    for i in range(n):
+        push(i)
+    while heap:
+        rank, i = heapq.heappop(heap)
+        j = after[i]
+        if ranks.get((word[i], word[j])) == rank:  # else another merge has taken one of the two
+            word[i], word[j], after[i], before[after[j]] = word[i] + word[j], None, after[j], i
+            push(before[i])
+            push(i)
+    return [s for s in word if s]
+
+
+# ---- photos and masks ----
+def fit(width: int, height: int, size: int) -> tuple[int, int, int, int]:
+    """Where a photo lies in its square under the aligned rule, whole pixels: (left, top, width, height)."""
+    scale = min(size / width, size / height)
+    w, h = max(1, round(width * scale)), max(1, round(height * scale))
+    return (size - w) // 2, (size - h) // 2, w, h
+
+
+def letterbox(image: Image.Image, size: int, rule: str = "aligned") -> np.ndarray:
+    """RGB photo -> uint8 (size, size, 3): scaled to fit, cubic, centred on CLIP's mean colour."""
+    return to_square(image, size, rule, BORDER, "bicubic")
+
+
+def letterbox_mask(mask: np.ndarray, size: int, rule: str = "aligned") -> np.ndarray:
+    """bool (H, W) -> uint8 (size, size), 0 ... 255: the same, linear, on 0."""
+    return to_square(Image.fromarray(mask.astype(np.uint8) * 255), size, rule, 0, "bilinear")
+
+
+def to_square(image: Image.Image, size: int, rule: str, border, mode: str) -> np.ndarray:
+    """SPEC.md's two rules. aligned: pixel centres. detris: the release's cv2.warpAffine on pixel indices."""
+    if rule == "aligned":
+        left, top, w, h = fit(*image.size, size)
+        square = Image.new(image.mode, (size, size), border)
+        square.paste(image.resize((w, h), Image.Resampling[mode.upper()]), (left, top))
+        return np.array(square)
+    assert rule == "detris", rule
+    scale = min(size / image.width, size / image.height)
+    at = torch.arange(size, dtype=torch.float64)
+    # index in the photo = (at - bias) / scale; grid_sample counts -1 ... 1 from outer edge to outer edge
+    x, y = ((2 * (at - (size - scale * n) / 2) / scale + 1) / n - 1 for n in image.size)
+    grid = torch.stack(torch.meshgrid(x, y, indexing="xy"), -1)[None].float()           # (1, size, size, 2)
+    pixels = torch.from_numpy(np.asarray(image, np.float32) - np.float32(border))       # 0 is the border
+    pixels = pixels.reshape(1, image.height, image.width, -1).permute(0, 3, 1, 2)       # (1, 1 or 3, H, W)
+    out = F.grid_sample(pixels, grid, mode, "zeros", align_corners=False)[0].permute(1, 2, 0)
+    return (out.numpy().squeeze() + border).round().clip(0, 255).astype(np.uint8)
+
+
+def open_image(source) -> Image.Image:
+    """Path or open file -> RGB photo, upright. Transparency turns white; beyond 8 bits is scaled, not cut."""
+    if isinstance(source, (str, Path)):
+        return read_file(source, open_image, "put the photo there (COCO's: python weights.py coco)")
+    with Image.open(source) as image:
+        image = ImageOps.exif_transpose(image)
+    if image.mode[0] in "IF":                      # 16 or 32 bits, or fractions
+        a = np.nan_to_num(np.asarray(image, np.float64))
+        tops = (1, 255, a.max()) if image.mode == "F" else (65535, a.max())
+        a = a / next(t for t in tops if a.max() <= t)
+        image = Image.fromarray((a * 255).round().clip(0, 255).astype(np.uint8))
+    elif image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
+
+
+def read_mask(mask, height: int, width: int) -> np.ndarray:
+    """Path of a PNG, or COCO's segmentation -> bool (H, W). In a PNG all that is not black is the object."""
+    if not isinstance(mask, str):
+        return segmentation_to_mask(mask, height, width)
+    image = read_file(mask, lambda f: Image.open(f).copy(), "export this mask again")
+    pixels = np.asarray(image if len(image.getbands()) == 1 else image.convert("RGB"))  # palette: not entry 0
+    return (pixels.reshape(image.height, image.width, -1) != 0).any(-1)
+
+
+def segmentation_to_mask(segmentation, height: int, width: int) -> np.ndarray:
+    """COCO polygons [[x, y, x, y, ...], ...] or RLE {"counts", "size"} -> bool (H, W), bit for bit COCO's."""
+    shown, parts = str(segmentation)[:80], segmentation if isinstance(segmentation, list) else []
+    if isinstance(segmentation, dict):
+        counts = segmentation.get("counts")
+        counts = unpack_counts(counts) if isinstance(counts, (str, bytes)) else counts
+        good = isinstance(counts, list) and all(type(c) is int and c >= 0 for c in counts)
+        if segmentation.get("size") != [height, width] or not good or sum(counts) != height * width:
+            raise ValueError(f"RLE {shown}: expected size [{height}, {width}] and counts that add up to it")
+        flips = [np.cumsum(counts)]
+    elif parts and all(isinstance(p, list) and len(p) % 2 == 0 for p in parts) and len(parts[0]) >= 6:
+        flips = [polygon_flips(p, height, width) for p in parts]
+    else:
+        raise ValueError(f"segmentation {shown}: expected an RLE or polygons [[x, y, x, y, x, y, ...], ...]")
+    mask = np.zeros(height * width, bool)          # column after column; each flip turns it on or off
+    for places in flips:
+        turns = np.bincount(places, minlength=mask.size + 1)[:mask.size].astype(np.uint8) & 1
+        mask |= np.bitwise_xor.accumulate(turns).view(bool)
+    return mask.reshape(width, height).T
+
+
+def unpack_counts(text: str | bytes) -> list[int]:
+    """COCO's compressed run lengths: 5 bits a character, low bits first; differences to two runs before."""
+    data = text.encode("latin1", "replace") if isinstance(text, str) else text
+    numbers, counts = re.findall(rb"[P-o]*[0-O]", data), []                   # bit 32 means: not the last one
+    if b"".join(numbers) != data:
+        raise ValueError(f"compressed RLE {text[:80]!r} is cut off or holds a foreign character")
+    for number in numbers:
+        value = sum((c - 48 & 31) << 5 * k for k, c in enumerate(number))
+        value -= (number[-1] - 48 & 16) << 5 * len(number) - 4                # the sign
+        counts.append(value + (counts[-2] if len(counts) > 2 else 0))
+    return counts
+
+
+def polygon_flips(polygon: list, height: int, width: int) -> np.ndarray:
+    """Where the outline crosses pixel columns, as x * height + y: rleFrPoly of COCO's maskApi.c, vectorised.
+
+    The outline is walked on a grid five times finer; each step over the middle of a column counts.
+    """
+    xy = np.asarray(polygon, np.float64)
+    if not (np.abs(xy) < 1e6).all() or np.abs(xy[2:] - xy[:-2]).sum() > 1e7:
+        raise ValueError(f"polygon {str(polygon)[:80]}: expected finite numbers of a photo's size")
+    start = (5 * xy.reshape(-1, 2).T + .5).astype(np.int64)                   # (2, K) x and y, cut as C cuts
+    end = np.roll(start, -1, 1)
+    flat = np.abs(end - start)[0] >= np.abs(end - start)[1]
+    start, end = np.where(flat, start, start[::-1]), np.where(flat, end, end[::-1])    # the longer way first
+    back = start[0] > end[0]                       # C walks every edge from its smaller end
+    (a, b), (a_end, b_end) = np.where(back, end, start), np.where(back, start, end)
+    steps = a_end - a                              # (K,)
+    edge = np.repeat(np.arange(len(a)), steps + 1)                            # (M,) the edge of every point
+    t = np.arange(len(edge)) - (np.cumsum(steps + 1) - steps - 1)[edge]
+    slope = (b_end - b) / np.maximum(steps, 1)
+    long, short = a[edge] + t, (b[edge] + slope[edge] * t + .5).astype(np.int64)
+    x, y = np.where(flat[edge], (long, short), (short, long))                 # (M,) each
+    left, top = np.minimum(x[1:], x[:-1]), np.minimum(y[1:], y[:-1])
+    at = (edge[1:] == edge[:-1]) & (x[1:] != x[:-1]) & (left % 5 == 2) & (left >= 0) & (left < 5 * width)
+    row = np.ceil((top[at] + .5) / 5 - .5).clip(0, height).astype(np.int64)
+    return left[at] // 5 * height + row
+
+
+# ---- data sets ----
+class Dataset:
+    """The referred objects of a split, packed into two arrays that worker processes share and never copy."""
+    per_photo = 1                  # consecutive objects that share a photo
+    endless = False                # True: any index is a fresh object
+    cache = None                   # path, row of each object, size and rule: see cache_photos
+
+    def __init__(self, name: str, split: str, records: list[dict]):
+        self.name, self.split = name, split
+        packed = [json.dumps(r).encode() for r in records]
+        self.ends = np.cumsum([0] + [len(p) for p in packed])
+        self.packed = np.frombuffer(b"".join(packed), np.uint8)
+
+    def __len__(self) -> int:
+        return len(self.ends) - 1
+
+    def record(self, i: int) -> dict:
+        i = range(len(self))[i]                    # IndexError beyond the end
+        return json.loads(self.packed[self.ends[i]:self.ends[i + 1]].tobytes())
+
+    def photo(self, i: int) -> Image.Image:
+        """RGB, upright."""
+        r = self.record(i)
+        image = open_image(r["photo"]) if isinstance(r["photo"], str) else read_file(
+            r["photo"][0], lambda f: open_image(read_member(f, *r["photo"][1:])),
+            f"run python weights.py coco (it happened at {r['id']})")
+        if [image.height, image.width] != r["size"]:
+            raise ValueError(f"{r['id']}: photo of height and width {image.size[::-1]}, mask of {r['size']}")
+        return image
+
+    def mask(self, i: int) -> np.ndarray:
+        """bool (H, W), the photo's own size."""
+        r = self.record(i)
+        return read_mask(r["mask"], *r["size"])
+
+    def sentences(self, i: int) -> list[str]:
+        return self.record(i)["sentences"]
+
+    def kinds(self, i: int) -> list[str]:          # of each phrase; "" where the source has none
+        return [""] * len(self.sentences(i))
+
+    def photo_key(self, i: int):                   # equal keys mean the same photo
+        return self.record(i)["key"]
+
+    def object_id(self, i: int) -> str:
+        return self.record(i)["id"]
+
+    def square(self, i: int, size: int, rule: str = "aligned") -> np.ndarray:
+        """The letterboxed photo, uint8 (size, size, 3), from the cache if it has this size and rule."""
+        if self.cache is None or self.cache[2:] != (size, rule):
+            return letterbox(self.photo(i), size, rule)
+        n, row = size * size * 3, int(self.cache[1][i])
+        return np.fromfile(self.cache[0], np.uint8, n, offset=row * n).reshape(size, size, 3)
+
+
+class PlainUnpickler(pickle.Unpickler):
+    """Builds lists, dicts, strings and numbers, which is all that RefCOCO's files hold, and runs no code."""
+
+    def find_class(self, module, name):
+        raise pickle.UnpicklingError(f"it asks for {module}.{name}; RefCOCO's files hold plain data only")
+
+
+def read_refs(name: str, root: str | Path) -> list[dict]:
+    """The refs of all splits, with what we need of them: those of refcocog_umd from refcocog/refs(umd).p."""
+    folder, _, by = name.partition("_")
+    return read_file(Path(root) / folder / f"refs({by or 'unc'}).p", lambda f: [
+        dict(key=r["image_id"], ref=r["ref_id"], ann=r["ann_id"], split=r["split"],
+             sentences=[s["sent"] for s in r["sentences"]])
+        for r in PlainUnpickler(f, encoding="latin1").load()], f"run python weights.py {folder}")
+
+
+def refcoco_records(name: str, split: str, root: str | Path) -> list[dict]:
+    """RefCOCO's own files (github.com/lichengunc/refer) -> records for Dataset."""
+    refs, folder = [r for r in read_refs(name, root) if r["split"] == split], name.split("_")[0]
+    found, (objects, phrases) = (len(refs), sum(len(r["sentences"]) for r in refs)), REFCOCO[name][split]
+    if 0 < found[0] < 0.9 * objects:
+        print(f"{name}: {found[0]:,} of {objects:,} {split} objects here (a mini set)")
+    elif found != (objects, phrases or found[1]):
+        raise ValueError(f"{root}: {name} {split} has {found} objects and sentences, the release has "
+                         f"{objects, phrases}; delete its files and run python weights.py {folder}")
+    if name == "refcocog_google":
+        print(f"{name}: train and val share photos, which flatters val; refcocog_umd keeps them apart")
+    places = zipped_photos(Path(root))
+
+    def join(f):                   # a lacking image or annotation ends in read_file's error
+        instances = json.load(f)
+        images, masks = ({x["id"]: x for x in instances[key]} for key in ("images", "annotations"))
+        for r in refs:
+            image, r["mask"] = images[r["key"]], masks[r["ann"]]["segmentation"]
+            photo = Path(root) / "images" / "train2014" / os.path.basename(image["file_name"])
+            r["photo"] = places.get(photo.name, str(photo))
+            r["size"] = image["height"], image["width"]
+            r["id"] = f"{name}/{split}/ref {r['ref']} ann {r['ann']}"
+        return refs
+
+    return read_file(Path(root) / folder / "instances.json", join, f"run python weights.py {folder}")
+
+
+def zipped_photos(root: Path) -> dict:
+    """File name -> place in train2014.zip, of the photos that are not unpacked."""
+    folder, places = root / "images" / "train2014", {}
+    for path in filter(Path.is_file, (root / "train2014.zip", root / "images" / "train2014.zip")):
+        for m in read_file(path, lambda f: zipfile.ZipFile(f).infolist(), "run python weights.py coco"):
+            place = str(path), m.header_offset, m.compress_size, m.compress_type
+            places[os.path.basename(m.filename)] = place
+    unpacked = set(os.listdir(folder)) if folder.is_dir() else set()
+    return {name: place for name, place in places.items() if name not in unpacked}
+
+
+def read_member(f, offset: int, size: int, method: int) -> io.BytesIO:
+    """One file out of an open zip. Nothing stays open between calls: any number of processes may do this."""
+    f.seek(offset + 26)            # in the local header: the lengths of name and extra field, then these
+    f.seek(sum(np.frombuffer(f.read(4), "<u2").tolist()), os.SEEK_CUR)
+    data = f.read(size)
+    return io.BytesIO(zlib.decompressobj(-15).decompress(data, 1 << 28) if method else data)
+
+
+def jsonl_records(path: str | Path, split: str) -> list[dict]:
+    """Your own data, an object a line: image, mask, sentences, maybe split; paths relative to the file.
+
+    mask: a PNG, COCO polygons or an RLE. A line without "split" belongs to every split.
+    """
+    folder, records = Path(path).parent, []
+    lines = read_file(path, lambda f: f.read().decode("utf-8-sig").split("\n"), "write it in UTF-8")
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            entry = json.loads(line)
+            if lacking := {"image", "mask", "sentences"}.difference(entry):
+                raise ValueError(f"lacks {', '.join(sorted(lacking))}")
+            phrases, mask, photo = entry["sentences"], entry["mask"], str(folder / entry["image"])
+            if type(phrases) is not list or not all(type(s) is str and s.strip() for s in phrases or [0]):
+                raise ValueError(f"sentences {str(phrases)[:60]}: expected a list of phrases, none empty")
+            mask = str(folder / mask) if isinstance(mask, str) else mask
+            with Image.open(photo) as image:
+                turned = image.getexif().get(274, 1) >= 5                     # EXIF: it lies on its side
+                size = list(image.size if turned else image.size[::-1])
+            pixels = read_mask(mask, *size)
+            if list(pixels.shape) != size or not pixels.any():
+                raise ValueError(f"mask of {pixels.shape} is empty or not of the photo's size, {size}")
+            if entry.get("split", split) == split:
+                records.append(dict(id=f"{Path(path).name} line {number}", sentences=phrases, size=size,
+                                    photo=photo, mask=mask, key=f"{photo} {os.path.getmtime(photo)}"))
+        except Exception as e:     # whatever it is, the line gets named
+            raise ValueError(f"{path} line {number}: {e}") from e
+    if not records:
+        raise ValueError(f"{path} holds no line for split {split!r}")
+    return records
+
+
+def mix_records(root: str | Path, leaky: bool) -> list[dict]:
+    """Train of RefCOCO, RefCOCO+ and G-Ref (umd); unless leaky, without photos in val or test of any."""
+    names = ("refcoco", "refcoco+", "refcocog_umd")
+    records = [r for name in names for r in refcoco_records(name, "train", root)]
+    held = {r["key"] for name in names for r in read_refs(name, root) if r["split"] != "train"}
+    kept = [r for r in records if leaky or r["key"] not in held]
+    photos = [len({r["key"] for r in some}) for some in (records, kept)]
+    print(f"mix: {len(kept):,} of {len(records):,} objects, {photos[1]:,} of {photos[0]:,} photos; the others"
+          " are in val or test of one of the three sets")
+    return kept
+
+
+def cache_photos(dataset: Dataset, folder: str | Path, size: int, rule: str = "aligned") -> None:
+    """Lets dataset.square read from one file in `folder`, which is built now unless it is there.
+
+    Photos are appended to NAME.part, so a killed run goes on where it stopped, and a complete file alone gets
+    its name, which tells size, rule and photos. A second process waits for the first.
+    """
+    import fcntl                   # its lock ends with its process, however that ends; Windows has none
+    if dataset.endless:
+        raise ValueError(f"{dataset.name} {dataset.split} never repeats a photo: leave the cache out")
+    keys = {}                      # photo -> its row in the file
+    rows = np.array([keys.setdefault(dataset.photo_key(i), len(keys)) for i in range(len(dataset))])
+    first, n = np.unique(rows, return_index=True)[1], size * size * 3
+    mark = f"{size}-{rule}-{len(keys)}-{zlib.crc32(repr(list(keys)).encode()):08x}"
+    path = Path(folder) / f"{Path(dataset.name).stem}-{dataset.split}-{mark}.u8"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(f"{path}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not path.exists() or path.stat().st_size != len(keys) * n:
+            with open(f"{path}.part", "ab") as part:
+                start, begin = time.time(), part.tell() // n
+                part.truncate(begin * n)           # a photo that was cut off
+                for k in range(begin, len(keys)):
+                    part.write(dataset.square(first[k], size, rule).tobytes())
+                    if k % 500 == 499:
+                        left = (time.time() - start) / (k + 1 - begin) * (len(keys) - k - 1)
+                        print(f"{path}: {k + 1:,} of {len(keys):,}, {left / 60:.1f} min left", flush=True)
+                part.flush()
+                os.fsync(part.fileno())
+            os.replace(part.name, path)
+    dataset.cache = (path, rows, size, rule)
+
+
+# ---- shapes: rendered scenes with phrases that need language; no file, no network ----
+
+KINDS = {                                                 # outline: number of corners, then half width and height
+    "circle": (40, 1.0, 1.0), "square": (4, 1.25, 1.25), "bar": (4, 1.65, 0.75), "pillar": (4, 0.75, 1.65)}
+COLOURS = {"red": (208, 52, 44), "green": (52, 158, 72), "blue": (48, 92, 200), "yellow": (236, 190, 40)}
+SIZES = {"small": 0.085, "big": 0.145}                    # radius, share of the scene's side
+SHAPES = {"train": 6000, "val": 1000, "testA": 1000, "testB": 1000}     # phrases; train: an epoch's worth
+MARGIN = 0.05                                             # what a phrase compares differs by this at least
+RELATIONS = {"left of": (0, -1), "right of": (0, 1), "above": (1, -1), "below": (1, 1)}   # (axis, direction)
+ENDS = {(0, 1): ("leftmost {}", "{} from the left"), (0, -1): ("rightmost {}", "{} from the right"),
+        (1, 1): ("top {}", "{} from the top"), (1, -1): ("bottom {}", "{} from the bottom")}
+
+
+class Thing(NamedTuple):
+    """One object of a scene; x, y, radius as shares of the side, angle in radians."""
+    kind: str
+    colour: str
+    size: str
+    x: float
+    y: float
+    radius: float
+    angle: float
+
+
+def describe(things: list[Thing]) -> dict[str, list[int]]:
+    """Every noun phrase made of size, colour and kind that fits something: phrase -> what it fits."""
+    fits = {}
+    for i, thing in enumerate(things):
+        for size, colour, kind in itertools.product((thing.size, ""), (thing.colour, ""), (thing.kind, "shape")):
+            fits.setdefault(" ".join(word for word in (size, colour, kind) if word), []).append(i)
+    return fits
+
+
+def phrases(things: list[Thing]) -> dict[str, list[tuple[int, str]]]:
+    """All phrases that mean exactly one thing: kind of phrase -> (index of the thing meant, phrase)."""
+    fits = {noun: set(who) for noun, who in describe(things).items()}
+    rivals = {noun: who for noun, who in fits.items() if len(who) > 1}      # nouns that alone would not do
+    anchors = [(noun, *who) for noun, who in fits.items() if len(who) == 1 and len(noun.split()) == 2]
+    place = [(thing.x, thing.y) for thing in things]
+    found = {"attribute": [(*who, noun) for noun, who in fits.items() if len(who) == 1],
+             "relation": [], "position": [], "ordinal": []}
+    for (anchor, other), (relation, (axis, sign)) in itertools.product(anchors, RELATIONS.items()):
+        ahead = [sign * (at[axis] - place[other][axis]) for at in place]
+        beyond = {i for i, by in enumerate(ahead) if by > MARGIN}
+        clear = beyond | {i for i, by in enumerate(ahead) if by < -MARGIN}
+        for noun, who in rivals.items():
+            who = who - {other}
+            if len(who) > 1 and who <= clear and len(who & beyond) == 1:
+                found["relation"].append((*(who & beyond), f"{noun} {relation} {anchor}"))
+    for (noun, who), ((axis, sign), (end, counted)) in itertools.product(rivals.items(), ENDS.items()):
+        order = sorted((sign * place[i][axis], i) for i in who)
+        if all(after - before > MARGIN for (before, _), (after, _) in itertools.pairwise(order)):
+            found["position"].append((order[0][1], end.format(noun)))
+            for rank, word in ((1, "second"), (2, "third")):
+                if rank < len(order) - 1:                 # the last one is the other end's first
+                    found["ordinal"].append((order[rank][1], f"{word} {counted.format(noun)}"))
+    return found
+
+
+class Shapes(Dataset):
+    """Rendered scenes, 3 to 5 things each, in groups of four phrases a scene; the same for the same seed.
+
+    Kinds, colours and sizes repeat within a scene, so that a phrase has rivals. A third of the phrases
+    name attributes, a third a relation, a third a position or an ordinal; testB holds relations and
+    ordinals only. val, testA and testB never change; train goes on for ever, any index is a fresh phrase.
+    """
+    name, per_photo, side = "shapes", 4, 192
+
+    def __init__(self, split: str, seed: int = 0):
+        if split not in SHAPES:
+            raise ValueError(f"shapes has no split {split}; it has {' '.join(SHAPES)}")
+        self.split, self.endless = split, split == "train"
+        self.seed = (seed if self.endless else 0, list(SHAPES).index(split))
+        self.last = (-1, None)                            # the scene drawn last: four phrases ask for it in turn
+
+    def __len__(self) -> int:
+        return SHAPES[self.split]
+
+    def scene(self, i: int) -> tuple[list[Thing], list[tuple[int, str, str]]]:
+        """Scene i's things and its four phrases: (index of the thing meant, phrase, kind of phrase)."""
+        if self.last[0] != i:
+            rng = np.random.default_rng([*self.seed, i])
+            while True:
+                things = scatter(rng)
+                chosen = self.choose(i, phrases(things), rng)
+                if chosen is not None:
+                    break
+            self.last = (i, (things, chosen))
+        return self.last[1]
+
+    def choose(self, i: int, found: dict, rng: np.random.Generator) -> list | None:
+        """Four different phrases of the kinds due; None where the scene has none of a kind."""
+        last = ("position", "ordinal")[int(rng.integers(2))]
+        kinds = ("relation", "ordinal") if self.split == "testB" else ("attribute", "relation", last)
+        chosen = []
+        for j in range(self.per_photo):
+            kind = kinds[(i * self.per_photo + j) % len(kinds)]
+            meant = sorted({who for who, _ in found[kind]})
+            if not meant:
+                return None
+            target = meant[int(rng.integers(len(meant)))]           # first the thing, then one of its phrases
+            options = [text for who, text in found[kind] if who == target]
+            chosen.append((target, options[int(rng.integers(len(options)))], kind))
+        return chosen if len(set(chosen)) == len(chosen) else None
+
+    def photo(self, i: int) -> Image.Image:
+        things, _ = self.scene(i // self.per_photo)
+        return render(things, self.side, np.random.default_rng([*self.seed, i // self.per_photo, 1]))
+
+    def mask(self, i: int) -> np.ndarray:
+        things, chosen = self.scene(i // self.per_photo)
+        return silhouette(things[chosen[i % self.per_photo][0]], self.side)
+
+    def sentences(self, i: int) -> list[str]:
+        return [self.scene(i // self.per_photo)[1][i % self.per_photo][1]]
+
+    def kinds(self, i: int) -> list[str]:
+        return [self.scene(i // self.per_photo)[1][i % self.per_photo][2]]
+
+    def photo_key(self, i: int) -> int:
+        return i // self.per_photo
+
+    def object_id(self, i: int) -> str:
+        return f"shapes/{self.split} {i}"
+
+
+def scatter(rng: np.random.Generator) -> list[Thing]:
+    """3 to 5 things that do not touch, of at most 3 kinds and 3 colours."""
+    kinds = rng.permutation(list(KINDS))[:rng.integers(2, 4)]
+    colours = rng.permutation(list(COLOURS))[:rng.integers(2, 4)]
+    things, wanted = [], int(rng.integers(3, 6))
+    while len(things) < wanted:
+        size = ("small", "big")[int(rng.integers(2))]
+        radius = SIZES[size] * rng.uniform(0.9, 1.1)
+        x, y = rng.uniform(1.2 * radius, 1 - 1.2 * radius, 2)
+        if all(math.hypot(x - t.x, y - t.y) > 1.2 * (radius + t.radius) for t in things):
+            things.append(Thing(str(rng.choice(kinds)), str(rng.choice(colours)), size, x, y, radius,
+                                rng.uniform(-0.15, 0.15)))
+    return things
+
+
+def outline(thing: Thing, side: float) -> list[tuple[float, float]]:
+    """The polygon in pixels of a scene of that side, turned by the thing's angle."""
+    count, width, height = KINDS[thing.kind]
+    turn, points = complex(math.cos(thing.angle), math.sin(thing.angle)), []
+    for k in range(count):
+        around = (2 * k + 1) * math.pi / count
+        point = turn * thing.radius * complex(width * math.cos(around), height * math.sin(around))
+        points.append((side * (thing.x + point.real), side * (thing.y + point.imag)))
+    return points
+
+
+def silhouette(thing: Thing, side: int) -> np.ndarray:
+    """The thing's pixels, bool (side, side)."""
+    canvas = Image.new("L", (side, side))
+    ImageDraw.Draw(canvas).polygon(outline(thing, side), fill=255)
+    return np.asarray(canvas) > 0
+
+
+def render(things: list[Thing], side: int, rng: np.random.Generator) -> Image.Image:
+    """RGB picture: cloudy ground, shadows, colours that vary a little, light from above, grain."""
+    ground = rng.uniform(120, 215) + rng.uniform(-14, 14, 3)
+    canvas = Image.new("RGB", (2 * side, 2 * side), tuple(ground.astype(int).tolist()))
+    draw = ImageDraw.Draw(canvas, "RGBA")
+    for thing in things:
+        lower = thing._replace(x=thing.x + 0.012, y=thing.y + 0.015)
+        shade = rng.uniform(0.85, 1.1) * np.array(COLOURS[thing.colour])
+        draw.polygon(outline(lower, 2 * side), fill=(0, 0, 0, 80))
+        draw.polygon(outline(thing, 2 * side), fill=tuple(shade.clip(0, 255).astype(int).tolist()))
+    clouds = Image.fromarray(rng.uniform(0.8, 1.2, (6, 6)).astype(np.float32)).resize((side, side), Image.BICUBIC)
+    light = np.linspace(1.08, 0.92, side, dtype=np.float32)[:, None] * np.asarray(clouds)
+    grain = 0.03 * rng.standard_normal((side, side), np.float32)
+    picture = np.asarray(canvas.reduce(2)) * (light + grain)[..., None]
+    return Image.fromarray(picture.clip(0, 255).astype(np.uint8))
+
+
+def open_dataset(name: str, split: str, root: str | Path = "data", seed: int = 0,
+                 mix_leaky: bool = False) -> Dataset:
+    """One split of shapes, refcoco, refcoco+, refcocog_umd, refcocog_google, mix or the path of a .jsonl.
+
+    mix: three training sets without any photo of their val and test (mix_leaky: with them); val is RefCOCO's.
+    """
+    if name == "shapes":
+        return Shapes(split, seed)
+    if name.endswith(".jsonl"):
+        return Dataset(name, split, jsonl_records(name, split))
+    splits = REFCOCO | {"mix": ("train", "val")}
+    if split not in splits.get(name, ()):
+        raise ValueError(f"no {split!r} of {name!r}; there are shapes, the path of a .jsonl file, and "
+                         + ", ".join(f"{n} ({' '.join(s)})" for n, s in splits.items()))
+    if (name, split) == ("mix", "train"):
+        return Dataset(name, split, mix_records(root, mix_leaky))
+    return Dataset(name, split, refcoco_records("refcoco" if name == "mix" else name, split, root))
+
+
+# ---- from objects to batches ----
+
+def collate(dataset: Dataset, pairs: list[tuple[int, int]], tokenizer: Tokenizer, size: int, length: int,
+            rule: str, share: bool) -> dict:
+    """(object, sentence) pairs as tensors: image uint8 (P, 3, size, size), tokens (B, length), ids [B].
+
+    share: a photo that pairs have in common is there once, and photo (B,) names each pair's row of image.
+    Without share P = B and photo is None, so that shapes never change from batch to batch.
+    """
+    rows = {}                                             # photo -> its row
+    photo = [rows.setdefault(dataset.photo_key(i) if share else k, len(rows)) for k, (i, _) in enumerate(pairs)]
+    squares = [dataset.square(pairs[photo.index(row)][0], size, rule) for row in range(len(rows))]
+    image = torch.from_numpy(np.stack(squares)).permute(0, 3, 1, 2).contiguous()      # (P, 3, size, size)
+    return dict(image=image, photo=torch.tensor(photo) if share else None,
+                tokens=tokenizer([dataset.sentences(i)[k] for i, k in pairs], length),
+                ids=[f"{dataset.object_id(i)} sentence {k}" for i, k in pairs])
+
+
+class TrainBatches(torch.utils.data.Dataset):
+    """Training batches by step number; each is a function of (seed, step) alone, so a run resumes anywhere.
+
+    The steps read one endless stream: epoch after epoch, each object once an epoch, in a new order, with one
+    of its sentences drawn at random. Groups that share a photo stay whole. Process `rank` of `world` gets
+    its slice of every batch. Adds mask, uint8 (B, 1, size, size).
+    """
+
+    def __init__(self, dataset: Dataset, tokenizer: Tokenizer, size: int, length: int, rule: str, batch_size: int,
+                 seed: int, rank: int = 0, world: int = 1):
+        self.dataset, self.tokenizer, self.geometry = dataset, tokenizer, (size, length, rule)
+        self.batch_size, self.seed, self.rank, self.world = batch_size, seed, rank, world
+        if batch_size % (world * dataset.per_photo):
+            raise ValueError(f"--batch_size {batch_size}: need a multiple of {world * dataset.per_photo}, "
+                             f"{world} processes times {dataset.per_photo} phrases a photo")
+        if not len(dataset):
+            raise ValueError(f"{dataset.name} {dataset.split} holds no object to train on")
+        self.drawn = (-1, None)                           # an epoch and its order
+
+    def order(self, epoch: int) -> np.ndarray:
+        if self.drawn[0] != epoch:
+            group = self.dataset.per_photo
+            first = group * np.random.default_rng([self.seed, epoch]).permutation(len(self.dataset) // group)
+            self.drawn = (epoch, (first[:, None] + np.arange(group)).ravel())
+        return self.drawn[1]
+
+    def pairs(self, step: int) -> list[tuple[int, int]]:
+        share = self.batch_size // self.world
+        first, chosen = step * self.batch_size + self.rank * share, []
+        for place in range(first, first + share):
+            epoch, k = divmod(place, len(self.dataset))
+            i = int(self.order(epoch)[k])
+            draw = np.random.default_rng([self.seed, epoch, i]).integers(1 << 30)
+            i += epoch * len(self.dataset) * self.dataset.endless
+            chosen.append((i, int(draw) % len(self.dataset.sentences(i))))
+        return chosen
+
+    def __getitem__(self, step: int) -> dict:
+        size, length, rule = self.geometry
+        pairs = self.pairs(step)
+        batch = collate(self.dataset, pairs, self.tokenizer, size, length, rule, self.dataset.per_photo > 1)
+        masks = [letterbox_mask(self.dataset.mask(i), size, rule) for i, _ in pairs]
+        return batch | dict(mask=torch.from_numpy(np.stack(masks))[:, None])
+
+
+class EvalBatches(torch.utils.data.Dataset):
+    """Every sentence of every object, batch_size pairs at a time, neighbours that share a photo together.
+
+    Adds truth, the masks at their photos' own sizes, and rows, each pair's number in the whole split.
+    shuffle: each phrase is replaced by one of half the split further on, so of another photo.
+    """
+
+    def __init__(self, dataset: Dataset, tokenizer: Tokenizer, size: int, length: int, rule: str, batch_size: int,
+                 rank: int = 0, world: int = 1, shuffle: bool = False):
+        self.dataset, self.tokenizer, self.geometry = dataset, tokenizer, (size, length, rule)
+        self.pairs = [(i, k) for i in range(len(dataset)) for k in range(len(dataset.sentences(i)))]
+        n = len(self.pairs)
+        self.words = [self.pairs[(row + n // 2 * shuffle) % n] for row in range(n)]
+        chunks = [range(start, min(start + batch_size, n)) for start in range(0, n, batch_size)]
+        self.chunks = chunks[rank::world]
+
+    def __len__(self) -> int:
+        return len(self.chunks)
+
+    def __getitem__(self, chunk: int) -> dict:
+        if chunk >= len(self.chunks):
+            raise IndexError(chunk)
+        size, length, rule = self.geometry
+        rows = self.chunks[chunk]
+        batch = collate(self.dataset, [self.pairs[r] for r in rows], self.tokenizer, size, length, rule, True)
+        spoken = [self.dataset.sentences(i)[k] for i, k in (self.words[r] for r in rows)]
+        truth = [torch.from_numpy(self.dataset.mask(self.pairs[r][0]).copy()) for r in rows]
+        return batch | dict(tokens=self.tokenizer(spoken, length), truth=truth, rows=list(rows), phrases=spoken)
