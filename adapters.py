@@ -117,7 +117,7 @@ class DenseCrossAdapter(nn.Module):
         h, w = grid
         x = F.relu(self.down(x))                                            # (B, S, r), F_v
         prefix, patches = x.split([x.shape[1] - h * w, h * w], dim=1)
-        square = patches.transpose(1, 2).unflatten(2, (h, w))               # (B, r, h, w)
+        square = patches.transpose(1, 2).unflatten(2, (h, w)).contiguous()  # (B, r, h, w)
         dense = self.dense(square).flatten(2).transpose(1, 2) + patches     # (B, N, r), F_dense
         cross = self.cross(dense, words) + patches                          # (B, N, r), F_cross
         return self.up(torch.cat([prefix + prefix, cross], dim=1))
@@ -156,7 +156,7 @@ class DenseTextAdapter(nn.Module):
 
 
 def init_adapter(adapter: nn.Module) -> None:
-    """Kaiming normal weights and zero biases, as released; nothing starts at zero, so step 0 already differs."""
+    """Kaiming normal weights, zero biases, as released; no weight starts at zero, so adapters act at once."""
     for module in adapter.modules():
         if isinstance(module, (nn.Linear, nn.Conv1d, nn.Conv2d)):
             nn.init.kaiming_normal_(module.weight, nonlinearity="relu")

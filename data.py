@@ -3,6 +3,7 @@
     phrase -> Tokenizer -> ids (B, L)               photo -> open_image -> letterbox -> uint8 (size, size, 3)
     COCO polygons or RLE -> segmentation_to_mask -> bool (H, W) -> letterbox_mask -> uint8 (size, size)
 """
+import functools
 import gc
 import gzip
 import heapq
@@ -18,8 +19,8 @@ import time
 import unicodedata
 import zipfile
 import zlib
+from collections import namedtuple
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -154,7 +155,7 @@ def letterbox_mask(mask: np.ndarray, size: int, rule: str = "aligned") -> np.nda
 
 
 def to_square(image: Image.Image, size: int, rule: str, border, mode: str) -> np.ndarray:
-    """SPEC.md's two rules. aligned: pixel centres. detris: the release's cv2.warpAffine on pixel indices."""
+    """aligned: pixel centres. detris: what the release's cv2.warpAffine does, on pixel indices."""
     if rule == "aligned":
         left, top, w, h = fit(*image.size, size)
         square = Image.new(image.mode, (size, size), border)
@@ -297,7 +298,7 @@ class Dataset:
         return self.record(i)["sentences"]
 
     def kinds(self, i: int) -> list[str]:          # of each phrase; "" where the source has none
-        return [""] * len(self.sentences(i))
+        return self.record(i).get("kinds") or [""] * len(self.sentences(i))
 
     def photo_key(self, i: int):                   # equal keys mean the same photo
         return self.record(i)["key"]
@@ -455,40 +456,26 @@ def cache_photos(dataset: Dataset, folder: str | Path, size: int, rule: str = "a
 
 # ---- shapes: rendered scenes with phrases that need language; no file, no network ----
 
-KINDS = {                                                 # outline: number of corners, then half width and height
+KINDS = {                                                 # outline: corners, half width, half height
     "circle": (40, 1.0, 1.0), "square": (4, 1.25, 1.25), "bar": (4, 1.65, 0.75), "pillar": (4, 0.75, 1.65)}
 COLOURS = {"red": (208, 52, 44), "green": (52, 158, 72), "blue": (48, 92, 200), "yellow": (236, 190, 40)}
-SIZES = {"small": 0.085, "big": 0.145}                    # radius, share of the scene's side
-SHAPES = {"train": 6000, "val": 1000, "testA": 1000, "testB": 1000}     # phrases; train: an epoch's worth
+SIZES = {"small": 0.11, "big": 0.17}                      # radius, share of the scene's side
+SHAPES = {"train": 12000, "val": 1000, "testA": 1000, "testB": 1000}     # phrases; train: an epoch's worth
 MARGIN = 0.05                                             # what a phrase compares differs by this at least
 RELATIONS = {"left of": (0, -1), "right of": (0, 1), "above": (1, -1), "below": (1, 1)}   # (axis, direction)
 ENDS = {(0, 1): ("leftmost {}", "{} from the left"), (0, -1): ("rightmost {}", "{} from the right"),
         (1, 1): ("top {}", "{} from the top"), (1, -1): ("bottom {}", "{} from the bottom")}
 
 
-class Thing(NamedTuple):
-    """One object of a scene; x, y, radius as shares of the side, angle in radians."""
-    kind: str
-    colour: str
-    size: str
-    x: float
-    y: float
-    radius: float
-    angle: float
-
-
-def describe(things: list[Thing]) -> dict[str, list[int]]:
-    """Every noun phrase made of size, colour and kind that fits something: phrase -> what it fits."""
-    fits = {}
-    for i, thing in enumerate(things):
-        for size, colour, kind in itertools.product((thing.size, ""), (thing.colour, ""), (thing.kind, "shape")):
-            fits.setdefault(" ".join(word for word in (size, colour, kind) if word), []).append(i)
-    return fits
+Thing = namedtuple("Thing", "kind colour size x y radius angle")       # x, y, radius: shares of the side; radians
 
 
 def phrases(things: list[Thing]) -> dict[str, list[tuple[int, str]]]:
     """All phrases that mean exactly one thing: kind of phrase -> (index of the thing meant, phrase)."""
-    fits = {noun: set(who) for noun, who in describe(things).items()}
+    fits = {}                                             # noun phrase -> all that it fits
+    for i, thing in enumerate(things):
+        for words in itertools.product((thing.size, ""), (thing.colour, ""), (thing.kind, "shape")):
+            fits.setdefault(" ".join(filter(None, words)), set()).add(i)
     rivals = {noun: who for noun, who in fits.items() if len(who) > 1}      # nouns that alone would not do
     anchors = [(noun, *who) for noun, who in fits.items() if len(who) == 1 and len(noun.split()) == 2]
     place = [(thing.x, thing.y) for thing in things]
@@ -513,78 +500,64 @@ def phrases(things: list[Thing]) -> dict[str, list[tuple[int, str]]]:
 
 
 class Shapes(Dataset):
-    """Rendered scenes, 3 to 5 things each, in groups of four phrases a scene; the same for the same seed.
+    """Rendered scenes of 3 to 5 things, four phrases a scene in a row; the same for the same seed.
 
     Kinds, colours and sizes repeat within a scene, so that a phrase has rivals. A third of the phrases
     name attributes, a third a relation, a third a position or an ordinal; testB holds relations and
     ordinals only. val, testA and testB never change; train goes on for ever, any index is a fresh phrase.
     """
-    name, per_photo, side = "shapes", 4, 192
+    per_photo, side = 4, 192
 
     def __init__(self, split: str, seed: int = 0):
         if split not in SHAPES:
             raise ValueError(f"shapes has no split {split}; it has {' '.join(SHAPES)}")
-        self.split, self.endless = split, split == "train"
+        self.name, self.split, self.endless = "shapes", split, split == "train"
         self.seed = (seed if self.endless else 0, list(SHAPES).index(split))
-        self.last = (-1, None)                            # the scene drawn last: four phrases ask for it in turn
 
     def __len__(self) -> int:
         return SHAPES[self.split]
 
-    def scene(self, i: int) -> tuple[list[Thing], list[tuple[int, str, str]]]:
-        """Scene i's things and its four phrases: (index of the thing meant, phrase, kind of phrase)."""
-        if self.last[0] != i:
-            rng = np.random.default_rng([*self.seed, i])
-            while True:
-                things = scatter(rng)
-                chosen = self.choose(i, phrases(things), rng)
-                if chosen is not None:
+    @functools.lru_cache(maxsize=64)                      # four phrases ask for each scene, one after another
+    def scene(self, k: int) -> tuple[list[Thing], list[tuple[int, str, str]]]:
+        """Scene k's things and its four phrases: (index of the thing meant, phrase, kind of phrase)."""
+        rng, chosen = np.random.default_rng([*self.seed, k]), []
+        while len(set(chosen)) < self.per_photo:          # until the scene has enough of the kinds due
+            things, chosen = scatter(rng), []
+            found = phrases(things)
+            last = ("position", "position", "ordinal")[rng.integers(3)]
+            due = ("relation", "ordinal") if self.split == "testB" else ("attribute", "relation", last)
+            for i in range(k * self.per_photo, (k + 1) * self.per_photo):
+                options = found[kind := due[i % len(due)]]
+                if not options:
                     break
-            self.last = (i, (things, chosen))
-        return self.last[1]
+                draw = lambda some: some[rng.integers(len(some))]
+                meant = draw(sorted({who for who, _ in options}))     # first the thing, then its phrase
+                chosen.append((meant, draw([text for who, text in options if who == meant]), kind))
+        return things, chosen
 
-    def choose(self, i: int, found: dict, rng: np.random.Generator) -> list | None:
-        """Four different phrases of the kinds due; None where the scene has none of a kind."""
-        last = ("position", "ordinal")[int(rng.integers(2))]
-        kinds = ("relation", "ordinal") if self.split == "testB" else ("attribute", "relation", last)
-        chosen = []
-        for j in range(self.per_photo):
-            kind = kinds[(i * self.per_photo + j) % len(kinds)]
-            meant = sorted({who for who, _ in found[kind]})
-            if not meant:
-                return None
-            target = meant[int(rng.integers(len(meant)))]           # first the thing, then one of its phrases
-            options = [text for who, text in found[kind] if who == target]
-            chosen.append((target, options[int(rng.integers(len(options)))], kind))
-        return chosen if len(set(chosen)) == len(chosen) else None
+    def record(self, i: int) -> dict:
+        k, j = divmod(i, self.per_photo)
+        things, chosen = self.scene(k)
+        meant, phrase, kind = chosen[j]
+        return dict(id=f"shapes/{self.split} {i}", key=k, sentences=[phrase], kinds=[kind], thing=things[meant])
 
     def photo(self, i: int) -> Image.Image:
-        things, _ = self.scene(i // self.per_photo)
-        return render(things, self.side, np.random.default_rng([*self.seed, i // self.per_photo, 1]))
+        k = i // self.per_photo
+        return render(self.scene(k)[0], self.side, np.random.default_rng([*self.seed, k, 1]))
 
     def mask(self, i: int) -> np.ndarray:
-        things, chosen = self.scene(i // self.per_photo)
-        return silhouette(things[chosen[i % self.per_photo][0]], self.side)
-
-    def sentences(self, i: int) -> list[str]:
-        return [self.scene(i // self.per_photo)[1][i % self.per_photo][1]]
-
-    def kinds(self, i: int) -> list[str]:
-        return [self.scene(i // self.per_photo)[1][i % self.per_photo][2]]
-
-    def photo_key(self, i: int) -> int:
-        return i // self.per_photo
-
-    def object_id(self, i: int) -> str:
-        return f"shapes/{self.split} {i}"
+        canvas = Image.new("L", (self.side, self.side))
+        ImageDraw.Draw(canvas).polygon(outline(self.record(i)["thing"], self.side), fill=255)
+        return np.asarray(canvas) > 0
 
 
 def scatter(rng: np.random.Generator) -> list[Thing]:
     """3 to 5 things that do not touch, of at most 3 kinds and 3 colours."""
     kinds = rng.permutation(list(KINDS))[:rng.integers(2, 4)]
     colours = rng.permutation(list(COLOURS))[:rng.integers(2, 4)]
-    things, wanted = [], int(rng.integers(3, 6))
-    while len(things) < wanted:
+    things, wanted, tries = [], int(rng.integers(3, 6)), 0
+    while len(things) < wanted and (tries < 100 or len(things) < 3):
+        tries += 1
         size = ("small", "big")[int(rng.integers(2))]
         radius = SIZES[size] * rng.uniform(0.9, 1.1)
         x, y = rng.uniform(1.2 * radius, 1 - 1.2 * radius, 2)
@@ -605,13 +578,6 @@ def outline(thing: Thing, side: float) -> list[tuple[float, float]]:
     return points
 
 
-def silhouette(thing: Thing, side: int) -> np.ndarray:
-    """The thing's pixels, bool (side, side)."""
-    canvas = Image.new("L", (side, side))
-    ImageDraw.Draw(canvas).polygon(outline(thing, side), fill=255)
-    return np.asarray(canvas) > 0
-
-
 def render(things: list[Thing], side: int, rng: np.random.Generator) -> Image.Image:
     """RGB picture: cloudy ground, shadows, colours that vary a little, light from above, grain."""
     ground = rng.uniform(120, 215) + rng.uniform(-14, 14, 3)
@@ -622,8 +588,9 @@ def render(things: list[Thing], side: int, rng: np.random.Generator) -> Image.Im
         shade = rng.uniform(0.85, 1.1) * np.array(COLOURS[thing.colour])
         draw.polygon(outline(lower, 2 * side), fill=(0, 0, 0, 80))
         draw.polygon(outline(thing, 2 * side), fill=tuple(shade.clip(0, 255).astype(int).tolist()))
-    clouds = Image.fromarray(rng.uniform(0.8, 1.2, (6, 6)).astype(np.float32)).resize((side, side), Image.BICUBIC)
-    light = np.linspace(1.08, 0.92, side, dtype=np.float32)[:, None] * np.asarray(clouds)
+    clouds = Image.fromarray(rng.uniform(0.8, 1.2, (6, 6)).astype(np.float32))
+    clouds = np.asarray(clouds.resize((side, side), Image.Resampling.BICUBIC))
+    light = np.linspace(1.08, 0.92, side, dtype=np.float32)[:, None] * clouds
     grain = 0.03 * rng.standard_normal((side, side), np.float32)
     picture = np.asarray(canvas.reduce(2)) * (light + grain)[..., None]
     return Image.fromarray(picture.clip(0, 255).astype(np.uint8))
@@ -646,96 +613,3 @@ def open_dataset(name: str, split: str, root: str | Path = "data", seed: int = 0
     if (name, split) == ("mix", "train"):
         return Dataset(name, split, mix_records(root, mix_leaky))
     return Dataset(name, split, refcoco_records("refcoco" if name == "mix" else name, split, root))
-
-
-# ---- from objects to batches ----
-
-def collate(dataset: Dataset, pairs: list[tuple[int, int]], tokenizer: Tokenizer, size: int, length: int,
-            rule: str, share: bool) -> dict:
-    """(object, sentence) pairs as tensors: image uint8 (P, 3, size, size), tokens (B, length), ids [B].
-
-    share: a photo that pairs have in common is there once, and photo (B,) names each pair's row of image.
-    Without share P = B and photo is None, so that shapes never change from batch to batch.
-    """
-    rows = {}                                             # photo -> its row
-    photo = [rows.setdefault(dataset.photo_key(i) if share else k, len(rows)) for k, (i, _) in enumerate(pairs)]
-    squares = [dataset.square(pairs[photo.index(row)][0], size, rule) for row in range(len(rows))]
-    image = torch.from_numpy(np.stack(squares)).permute(0, 3, 1, 2).contiguous()      # (P, 3, size, size)
-    return dict(image=image, photo=torch.tensor(photo) if share else None,
-                tokens=tokenizer([dataset.sentences(i)[k] for i, k in pairs], length),
-                ids=[f"{dataset.object_id(i)} sentence {k}" for i, k in pairs])
-
-
-class TrainBatches(torch.utils.data.Dataset):
-    """Training batches by step number; each is a function of (seed, step) alone, so a run resumes anywhere.
-
-    The steps read one endless stream: epoch after epoch, each object once an epoch, in a new order, with one
-    of its sentences drawn at random. Groups that share a photo stay whole. Process `rank` of `world` gets
-    its slice of every batch. Adds mask, uint8 (B, 1, size, size).
-    """
-
-    def __init__(self, dataset: Dataset, tokenizer: Tokenizer, size: int, length: int, rule: str, batch_size: int,
-                 seed: int, rank: int = 0, world: int = 1):
-        self.dataset, self.tokenizer, self.geometry = dataset, tokenizer, (size, length, rule)
-        self.batch_size, self.seed, self.rank, self.world = batch_size, seed, rank, world
-        if batch_size % (world * dataset.per_photo):
-            raise ValueError(f"--batch_size {batch_size}: need a multiple of {world * dataset.per_photo}, "
-                             f"{world} processes times {dataset.per_photo} phrases a photo")
-        if not len(dataset):
-            raise ValueError(f"{dataset.name} {dataset.split} holds no object to train on")
-        self.drawn = (-1, None)                           # an epoch and its order
-
-    def order(self, epoch: int) -> np.ndarray:
-        if self.drawn[0] != epoch:
-            group = self.dataset.per_photo
-            first = group * np.random.default_rng([self.seed, epoch]).permutation(len(self.dataset) // group)
-            self.drawn = (epoch, (first[:, None] + np.arange(group)).ravel())
-        return self.drawn[1]
-
-    def pairs(self, step: int) -> list[tuple[int, int]]:
-        share = self.batch_size // self.world
-        first, chosen = step * self.batch_size + self.rank * share, []
-        for place in range(first, first + share):
-            epoch, k = divmod(place, len(self.dataset))
-            i = int(self.order(epoch)[k])
-            draw = np.random.default_rng([self.seed, epoch, i]).integers(1 << 30)
-            i += epoch * len(self.dataset) * self.dataset.endless
-            chosen.append((i, int(draw) % len(self.dataset.sentences(i))))
-        return chosen
-
-    def __getitem__(self, step: int) -> dict:
-        size, length, rule = self.geometry
-        pairs = self.pairs(step)
-        batch = collate(self.dataset, pairs, self.tokenizer, size, length, rule, self.dataset.per_photo > 1)
-        masks = [letterbox_mask(self.dataset.mask(i), size, rule) for i, _ in pairs]
-        return batch | dict(mask=torch.from_numpy(np.stack(masks))[:, None])
-
-
-class EvalBatches(torch.utils.data.Dataset):
-    """Every sentence of every object, batch_size pairs at a time, neighbours that share a photo together.
-
-    Adds truth, the masks at their photos' own sizes, and rows, each pair's number in the whole split.
-    shuffle: each phrase is replaced by one of half the split further on, so of another photo.
-    """
-
-    def __init__(self, dataset: Dataset, tokenizer: Tokenizer, size: int, length: int, rule: str, batch_size: int,
-                 rank: int = 0, world: int = 1, shuffle: bool = False):
-        self.dataset, self.tokenizer, self.geometry = dataset, tokenizer, (size, length, rule)
-        self.pairs = [(i, k) for i in range(len(dataset)) for k in range(len(dataset.sentences(i)))]
-        n = len(self.pairs)
-        self.words = [self.pairs[(row + n // 2 * shuffle) % n] for row in range(n)]
-        chunks = [range(start, min(start + batch_size, n)) for start in range(0, n, batch_size)]
-        self.chunks = chunks[rank::world]
-
-    def __len__(self) -> int:
-        return len(self.chunks)
-
-    def __getitem__(self, chunk: int) -> dict:
-        if chunk >= len(self.chunks):
-            raise IndexError(chunk)
-        size, length, rule = self.geometry
-        rows = self.chunks[chunk]
-        batch = collate(self.dataset, [self.pairs[r] for r in rows], self.tokenizer, size, length, rule, True)
-        spoken = [self.dataset.sentences(i)[k] for i, k in (self.words[r] for r in rows)]
-        truth = [torch.from_numpy(self.dataset.mask(self.pairs[r][0]).copy()) for r in rows]
-        return batch | dict(tokens=self.tokenizer(spoken, length), truth=truth, rows=list(rows), phrases=spoken)

@@ -6,7 +6,6 @@
 """
 import argparse
 import json
-import os
 import sys
 import time
 from pathlib import Path
@@ -18,9 +17,9 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from data import Dataset, EvalBatches, Tokenizer, fit, letterbox, open_dataset, open_image
+from data import Dataset, Tokenizer, fit, letterbox, open_dataset, open_image
 from model import DCRIS, Config
-from weights import VOCABULARY, find, load_model
+from weights import VOCABULARY, find, load_model, write_whole
 
 THRESHOLD = {"aligned": 0.5, "detris": 0.35}              # of the probability; the release's is 0.35
 PRECISION = (0.5, 0.6, 0.7, 0.8, 0.9)                     # Pr@X: share of sentences with IoU > X
@@ -42,6 +41,55 @@ def pick_device(name: str) -> torch.device:
         return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"--device {name}: not on this machine ({str(error).splitlines()[0]})") from error
+
+
+# ---- every sentence of a split, in batches ----
+
+def collate(dataset: Dataset, pairs: list[tuple[int, int]], tokenizer: Tokenizer, cfg: Config,
+            share: bool) -> dict:
+    """(object, sentence) pairs as tensors: image uint8 (P, 3, size, size), tokens (B, L), ids [B].
+
+    share: a photo that pairs have in common is there once, and photo (B,) names each pair's row of image.
+    Without share P = B and photo is None, so that shapes never change from batch to batch.
+    """
+    keys = [dataset.photo_key(i) if share else k for k, (i, _) in enumerate(pairs)]
+    first = {key: keys.index(key) for key in keys}        # photo -> the first pair that shows it
+    photo = [list(first).index(key) for key in keys]
+    squares = [dataset.square(pairs[k][0], cfg.image_size, cfg.mask_rule) for k in first.values()]
+    image = torch.from_numpy(np.stack(squares)).permute(0, 3, 1, 2).contiguous()      # (P, 3, size, size)
+    return dict(image=image, photo=torch.tensor(photo) if share else None,
+                tokens=tokenizer([dataset.sentences(i)[k] for i, k in pairs], cfg.text_length),
+                ids=[f"{dataset.object_id(i)} sentence {k}" for i, k in pairs])
+
+
+class EvalBatches(torch.utils.data.Dataset):
+    """Every sentence of every object, batch_size pairs at a time, neighbours that share a photo together.
+
+    Adds truth, the masks at their photos' own sizes, and rows, each pair's number in the whole split.
+    shuffle: each phrase is replaced by one of half the split further on, so of another photo.
+    """
+
+    def __init__(self, dataset: Dataset, cfg: Config, batch_size: int, rank: int = 0, world: int = 1,
+                 shuffle: bool = False):
+        self.dataset, self.tokenizer, self.cfg = dataset, tokenizer_for(cfg), cfg
+        self.pairs = [(i, k) for i in range(len(dataset)) for k in range(len(dataset.sentences(i)))]
+        n = len(self.pairs)
+        self.words = [self.pairs[(row + n // 2 * shuffle) % n] for row in range(n)]
+        chunks = [range(start, min(start + batch_size, n)) for start in range(0, n, batch_size)]
+        self.chunks = chunks[rank::world]
+
+    def __len__(self) -> int:
+        return len(self.chunks)
+
+    def __getitem__(self, chunk: int) -> dict:
+        if chunk >= len(self.chunks):
+            raise IndexError(chunk)
+        rows = self.chunks[chunk]
+        batch = collate(self.dataset, [self.pairs[r] for r in rows], self.tokenizer, self.cfg, share=True)
+        spoken = [self.dataset.sentences(i)[k] for i, k in (self.words[r] for r in rows)]
+        truth = [torch.from_numpy(self.dataset.mask(self.pairs[r][0]).copy()) for r in rows]
+        tokens = self.tokenizer(spoken, self.cfg.text_length)
+        return batch | dict(tokens=tokens, truth=truth, rows=list(rows), phrases=spoken)
 
 
 # ---- masks and metrics, as pure functions ----
@@ -73,7 +121,8 @@ def restore_masks(logits: Tensor, sizes: list[tuple[int, int]], image_size: int,
     True where the restored probability is above the threshold; None: the rule's own.
     """
     threshold = THRESHOLD[rule] if threshold is None else threshold
-    return [restore_probabilities(one, size, image_size, rule) > threshold for one, size in zip(logits, sizes)]
+    return [restore_probabilities(one, size, image_size, rule) > threshold
+            for one, size in zip(logits, sizes)]
 
 
 def metrics(inter: np.ndarray, union: np.ndarray) -> dict[str, float]:
@@ -85,21 +134,22 @@ def metrics(inter: np.ndarray, union: np.ndarray) -> dict[str, float]:
         raise ValueError("no sentence to score")
     iou = inter / np.maximum(union, 1)
     precision = {f"Pr@{int(100 * x)}": float((iou > x).mean()) for x in PRECISION}
-    return dict(mIoU=float(iou.mean()), oIoU=float(inter.sum() / max(union.sum(), 1)), **precision, n=len(iou))
+    overall = inter.sum() / max(union.sum(), 1)
+    return dict(mIoU=float(iou.mean()), oIoU=float(overall), **precision, n=len(iou))
 
 
 @torch.inference_mode()
-def evaluate(model: DCRIS, dataset: Dataset, batch_size: int = 32, workers: int = 0, shuffle_text: bool = False,
-             threshold: float | None = None, rank: int = 0, world: int = 1, keep: list | None = None) -> dict:
-    """Score every sentence of a split at its photo's own size; all processes return the whole split's figures.
+def evaluate(model: DCRIS, dataset: Dataset, batch_size: int = 32, workers: int = 0,
+             shuffle_text: bool = False, threshold: float | None = None, rank: int = 0, world: int = 1,
+             keep: list | None = None) -> dict:
+    """Score every sentence of a split at its photo's own size; every process returns the whole's figures.
 
     Returns metrics() of all sentences and, under "kinds", of each kind of phrase. Each process scores its own
     chunks and one sum joins the disjoint rows, so nothing counts twice. keep: filled with a dict a sentence
     (row, id, phrase, iou, truth, pred), for panels. The model's mode is put back afterwards.
     """
     cfg, device, training = model.config, model.mean.device, model.training
-    batches = EvalBatches(dataset, tokenizer_for(cfg), cfg.image_size, cfg.text_length, cfg.mask_rule,
-                          batch_size, rank, world, shuffle_text)
+    batches = EvalBatches(dataset, cfg, batch_size, rank, world, shuffle_text)
     counts = torch.zeros(len(batches.pairs), 2, dtype=torch.float64)       # a sentence's I and U
     model.eval()
     for batch in torch.utils.data.DataLoader(batches, batch_size=None, num_workers=workers):
@@ -112,7 +162,8 @@ def evaluate(model: DCRIS, dataset: Dataset, batch_size: int = 32, workers: int 
             counts[batch["rows"][k]] = torch.tensor([inter, union], dtype=torch.float64)
             if keep is not None:
                 keep.append(dict(row=batch["rows"][k], id=batch["ids"][k], phrase=batch["phrases"][k],
-                                 iou=inter / max(union, 1), truth=truth.cpu().numpy(), pred=pred.cpu().numpy()))
+                                 iou=inter / max(union, 1), truth=truth.cpu().numpy(),
+                                 pred=pred.cpu().numpy()))
     model.train(training)
     if world > 1:
         counts = counts.to(device)
@@ -167,7 +218,8 @@ def draw_panels(rows: list[dict], dataset: Dataset, path: str | Path, side: int 
             caption = caption[:-3] + '…"' if not caption.endswith('…"') else caption[:-4] + '…"'
         draw.text((gap, top + 2), caption, "black", font)
         draw.text((sheet.width - gap, top + 2), f"IoU {100 * row['iou']:.1f}", "black", font, anchor="ra")
-        for k, picture in enumerate((photo, paint(photo, row["truth"], (40, 170, 90)), paint(photo, row["pred"]))):
+        drawn = photo, paint(photo, row["truth"], (40, 170, 90)), paint(photo, row["pred"])
+        for k, picture in enumerate(drawn):
             picture.thumbnail((side, side))
             if max(picture.size) < side:
                 factor = side / max(picture.size)
@@ -178,12 +230,8 @@ def draw_panels(rows: list[dict], dataset: Dataset, path: str | Path, side: int 
 
 
 def save_image(image: Image.Image, path: str | Path) -> None:
-    """PNG under a temporary name first, so that a picture is whole or the old one."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    image.save(part, "PNG")
-    os.replace(part, path)
+    """As PNG, whole or not at all."""
+    write_whole(Path(path), lambda file: image.save(file, "PNG"))
 
 
 # ---- command line ----
@@ -199,7 +247,7 @@ def table(scores: dict) -> str:
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--checkpoint", default="out/best.pt", help="a .pt of train.py, or a released model's name")
+    p.add_argument("--checkpoint", default="out/best.pt", help="a .pt, or a released model's name")
     p.add_argument("--split", default="val")
     p.add_argument("--dataset", help="default: the checkpoint's own")
     p.add_argument("--data_root", help="default: the checkpoint's own")
@@ -212,7 +260,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     p.add_argument("--device", default="auto")
     p.add_argument("--image", metavar="FILE", help="a photo of your own")
     p.add_argument("--text", help="what to find in it")
-    p.add_argument("--out", default="mask.png", metavar="FILE.png", help="its mask; an overlay is put beside it")
+    p.add_argument("--out", default="mask.png", metavar="FILE.png", help="mask; an overlay is put beside it")
     args = p.parse_args(argv)
     if bool(args.image) != bool(args.text):
         p.error("--image and --text go together")
@@ -228,11 +276,13 @@ def main(argv: list[str] | None = None) -> None:
         overlay = Path(args.out).with_name(Path(args.out).stem + "_overlay.png")
         save_image(Image.fromarray(mask), args.out)
         save_image(paint(photo, mask), overlay)
-        print(f'"{args.text}": score {score:.3f}, {mask.mean():.1%} of the photo; wrote {args.out}, {overlay}')
+        print(f'"{args.text}": score {score:.3f}, {mask.mean():.1%} of the photo; wrote {args.out}, '
+              f"{overlay}")
         return
     cfg, keep, started = model.config, [] if args.panels else None, time.time()
     dataset = open_dataset(args.dataset or cfg.dataset, args.split, args.data_root or cfg.data_root)
-    scores = evaluate(model, dataset, args.batch_size, args.workers, args.shuffle_text, args.threshold, keep=keep)
+    scores = evaluate(model, dataset, args.batch_size, args.workers, args.shuffle_text, args.threshold,
+                      keep=keep)
     said = f"{dataset.name} {args.split}" + ", phrases shuffled between photos" * args.shuffle_text
     print(f"{args.checkpoint} on {said}: {scores['n']} sentences, {time.time() - started:.0f} s")
     print(table(scores))

@@ -65,6 +65,8 @@ class Config:
     # training
     dataset: str = "refcoco"           # shapes refcoco refcoco+ refcocog_umd refcocog_google mix, or a .jsonl
     data_root: str = "data"
+    mix_leaky: bool = False            # mix: keep photos that are in a val or test split, as released
+    cache: str = ""                    # folder for letterboxed photos in one file, so that loading is fast
     weights: str = "weights"           # folder of the released encoders; none: start them at random
     batch_size: int = 32               # pairs a step, over all processes
     epochs: int = 50
@@ -89,51 +91,55 @@ class Config:
         if self.method == "frozen":
             self.visual_layers = self.text_layers = ()
         for name, allowed in CHOICES.items():
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"--{name} {getattr(self, name)}: need one of {' '.join(allowed)}")
-        for name, (of, factor) in MULTIPLES.items():
-            divisor = factor * (getattr(self, of) if of else 1)
-            if getattr(self, name) < 1 or divisor < 1 or getattr(self, name) % divisor:
-                raise ValueError(f"--{name} {getattr(self, name)}: need a positive multiple of {divisor}"
-                                 + f" (--{of})" * bool(of))
-        for name, depth in {"taps": self.vision_depth, "visual_layers": self.vision_depth,
-                            "text_layers": self.text_depth}.items():
+            self.need(name, getattr(self, name) in allowed, "one of " + " ".join(allowed))
+        for name, of in MULTIPLES.items():
+            unit = math.prod(max(1, getattr(self, f)) if type(f) is str else f for f in of)
+            value = getattr(self, name)
+            self.need(name, value > 0 and value % unit == 0, f"a positive multiple of {unit}")
+        for name in ("taps", "visual_layers", "text_layers"):
+            depth = self.text_depth if name == "text_layers" else self.vision_depth
             blocks = getattr(self, name)
-            if list(blocks) != sorted(set(blocks)) or not all(0 <= i < depth for i in blocks):
-                raise ValueError(f"--{name} {blocks}: need rising block numbers from 0 to {depth - 1}")
-        if len(self.taps) != 2 or self.taps[1] == self.vision_depth - 1:
-            raise ValueError(f"--taps {self.taps}: need two blocks before the last, {self.vision_depth - 1}")
-        if not 3 <= self.text_length <= self.context:
-            raise ValueError(f"--text_length {self.text_length}: need 3 to --context {self.context}")
-        if not (0 <= self.dropout < 1 and self.lr > 0 and 0 <= self.warmup < 1 and self.clip >= 0):
-            raise ValueError("need 0 <= --dropout < 1, --lr > 0, 0 <= --warmup < 1, --clip >= 0; got "
-                             f"{self.dropout}, {self.lr}, {self.warmup}, {self.clip}")
+            self.need(name, list(blocks) == sorted(set(blocks)) and set(blocks) <= set(range(depth)),
+                      f"rising block numbers from 0 to {depth - 1}")
+        before_last = len(self.taps) == 2 and self.taps[1] < self.vision_depth - 1
+        self.need("taps", before_last, "two blocks before the last")
+        self.need("text_length", 3 <= self.text_length <= self.context, f"3 to --context {self.context}")
+        for name in ("dropout", "warmup"):
+            self.need(name, 0 <= getattr(self, name) < 1, "a share from 0 to below 1")
+        for name in ("lr", "clip", "workers", "benchmark"):
+            self.need(name, 0 <= getattr(self, name) < math.inf, "a number not below 0")
+
+    def need(self, name: str, good: bool, what: str) -> None:
+        if not good:
+            raise ValueError(f"--{name} {getattr(self, name)}: need {what}")
 
 
 CHOICES = {"pos_resize": ("dinov2", "detris"), "text_adapter": ("plain", "dense"),
            "mask_rule": ("aligned", "detris"), "method": ("dcris", "frozen", "full"),
            "schedule": ("step", "cosine")}
-MULTIPLES = {"image_size": ("patch_size", 1), "vision_width": ("vision_heads", 4),   # field: (of field, times)
-             "text_width": ("text_heads", 1), "head_width": ("head_heads", 4), "visual_rank": ("", 16),
-             "text_rank": ("", 16), "vision_depth": ("", 1), "text_depth": ("", 1), "decoder_depth": ("", 1),
-             "decoder_ffn": ("", 1), "batch_size": ("", 1), "epochs": ("", 1), "pos_grid": ("", 1)}
+MULTIPLES = {"image_size": ["patch_size"], "vision_width": ["vision_heads", 4], "text_width": ["text_heads"],
+             "head_width": ["head_heads", 4], "visual_rank": [16], "text_rank": [16],
+             **{name: [] for name in ("vision_depth", "text_depth", "decoder_depth", "decoder_ffn",
+                                      "pos_grid", "batch_size", "epochs")}}
 
 PRESETS = {                            # differences from the defaults, nothing else
-    "tiny": dict(vision_width=128, vision_depth=4, vision_heads=4, patch_size=8, image_size=96, pos_grid=12,
-                 registers=1, taps=(1, 2), visual_layers=(1, 3), visual_rank=64, text_width=128, text_depth=2,
-                 text_heads=4, vocab_size=2048, context=24, text_layers=(1,), head_width=64, decoder_ffn=128,
-                 dropout=0.0, calm_start=True, method="full", dataset="shapes", weights="none", batch_size=16,
-                 epochs=10, lr=4e-4, schedule="cosine", warmup=0.05, clip=0.2, workers=1, compile=False),
+    "tiny": dict(vision_width=128, vision_depth=4, vision_heads=4, patch_size=8, image_size=64, pos_grid=8,
+                 registers=1, taps=(1, 2), visual_layers=(3,), visual_rank=64, text_width=128, text_depth=2,
+                 text_heads=4, vocab_size=2048, context=24, text_layers=(1,), head_width=64, head_heads=4,
+                 decoder_depth=2, decoder_ffn=128, dropout=0.0, calm_start=True, method="full",
+                 weights="none", dataset="shapes", batch_size=16, epochs=5, lr=6e-4, schedule="cosine",
+                 warmup=0.05, clip=0.2, workers=1, compile=False),
     "dcris_s": dict(vision_width=384, vision_heads=6),
     "dcris_b": dict(),
     "dcris_l": dict(vision_width=1024, vision_depth=24, vision_heads=16, taps=(8, 16),
                     visual_layers=(2, 6, 10, 14, 18, 22), lr=2e-4, batch_size=64),
-    "detris_b": dict(pos_resize="detris", text_adapter="dense", mask_rule="detris", epochs=65, lr_steps=(35, 55)),
+    "detris_b": dict(pos_resize="detris", text_adapter="dense", mask_rule="detris", epochs=65,
+                     lr_steps=(35, 55)),
 }
 
 
 def parse_config(argv: list[str] | None = None, saved: dict | None = None) -> Config:
-    """Defaults < preset, or a checkpoint's saved config < flags. An unknown flag or bad value exits with 2."""
+    """Defaults < preset, or a checkpoint's saved config < flags. A wrong flag or value exits with 2."""
     p = argparse.ArgumentParser(argument_default=argparse.SUPPRESS, allow_abbrev=False)
     p.add_argument("--preset", choices=PRESETS, default="tiny")
     for f in fields(Config):
@@ -141,9 +147,9 @@ def parse_config(argv: list[str] | None = None, saved: dict | None = None) -> Co
                 tuple: dict(type=int, nargs="*")}.get(f.type, dict(type=f.type, choices=CHOICES.get(f.name)))
         p.add_argument(f"--{f.name}", help=f"default {f.default}", **kind)
     flags = vars(p.parse_args(argv))
-    base = PRESETS[flags.pop("preset")] if saved is None else saved
+    preset = PRESETS[flags.pop("preset")]
     try:
-        return Config(**{**base, **flags})
+        return Config(**{**(saved or preset), **flags})
     except ValueError as error:
         p.error(str(error))
 
@@ -158,7 +164,8 @@ def sine_positions(length: int, width: int) -> Tensor:
 def square_positions(side: int, width: int) -> Tensor:
     """The same for a square of patches, (side * side, width): first half of the width x, second half y."""
     line = sine_positions(side, width // 2)
-    return torch.cat([line[None].expand(side, -1, -1), line[:, None].expand(-1, side, -1)], dim=-1).flatten(0, 1)
+    x, y = line[None].expand(side, -1, -1), line[:, None].expand(-1, side, -1)
+    return torch.cat([x, y], dim=-1).flatten(0, 1)
 
 
 # ---- image encoder: DINOv2 with registers (Oquab et al. 2023; Darcet et al. 2023), released names ----
@@ -192,9 +199,7 @@ class VisionBlock(nn.Module):
         self.norm1, self.norm2 = nn.LayerNorm(C, eps=1e-6), nn.LayerNorm(C, eps=1e-6)
         self.attn, self.mlp = VisionAttention(C, cfg.vision_heads), mlp(C, "fc1", nn.GELU(), "fc2")
         self.ls1, self.ls2 = (nn.ParameterDict({"gamma": torch.ones(C)}) for _ in range(2))     # LayerScale
-        self.adapter = None
-        if adapted:
-            self.adapter = DenseCrossAdapter(C, cfg.visual_rank, cfg.text_width, cfg.dropout)
+        self.adapter = DenseCrossAdapter(C, cfg.visual_rank, cfg.text_width, cfg.dropout) if adapted else None
 
     def attend(self, x: Tensor) -> Tensor:
         return x + self.ls1["gamma"] * self.attn(self.norm1(x))
@@ -222,39 +227,40 @@ class VisionTransformer(nn.Module):
         self.prefix = 1 + cfg.registers                   # class token and registers
         self.taps = (*cfg.taps, cfg.vision_depth - 1)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, C))
-        places = F.pad(square_positions(cfg.pos_grid, C), (0, 0, 1, 0))    # differs: a start for training from
-        self.pos_embed = nn.Parameter(0.5 * places[None])                  # nothing; released weights replace it
+        # differs: sines where the original draws at random, for training from nothing; files replace them
+        places = F.pad(square_positions(cfg.pos_grid, C), (0, 0, 1, 0))
+        self.pos_embed = nn.Parameter(0.5 * places[None])                  # (1, 1 + grid^2, C)
         self.register_tokens = nn.Parameter(1e-6 * torch.randn(1, cfg.registers, C))
         self.mask_token = nn.Parameter(torch.zeros(1, C), requires_grad=False)   # of pretraining, never read
         self.patch_embed = nn.ModuleDict({"proj": nn.Conv2d(3, C, cfg.patch_size, stride=cfg.patch_size)})
         self.blocks = nn.ModuleList(VisionBlock(cfg, i in cfg.visual_layers) for i in range(cfg.vision_depth))
         self.norm = nn.LayerNorm(C, eps=1e-6)
-        self.register_buffer("positions", self.resize_positions(), persistent=False)
+        self.register_buffer("positions", self.resize_positions().detach().clone(), persistent=False)
         self.register_load_state_dict_post_hook(VisionTransformer.table_loaded)
 
     def resize_positions(self) -> Tensor:
         """The table for this grid, (1, 1 + N, C): bicubic, by the rule; the class token's entry is kept."""
-        first, patches = self.pos_embed.split([1, self.table_side ** 2], dim=1)
         if self.grid == (self.table_side, self.table_side):
-            return self.pos_embed.detach().clone()
-        patches = patches.detach().unflatten(1, (self.table_side, -1)).permute(0, 3, 1, 2)
+            return self.pos_embed
+        first, patches = self.pos_embed.split([1, self.table_side ** 2], dim=1)
+        patches = patches.unflatten(1, (self.table_side, -1)).permute(0, 3, 1, 2)
         if self.rule == "dinov2":
             patches = F.interpolate(patches, self.grid, mode="bicubic", antialias=True)
         else:                                             # the factor itself, not its rounding, sets the step
             scale = [(side + 0.1) / self.table_side for side in self.grid]
             patches = F.interpolate(patches, scale_factor=scale, mode="bicubic")
-        return torch.cat([first.detach(), patches.flatten(2).transpose(1, 2)], dim=1)
+        return torch.cat([first, patches.flatten(2).transpose(1, 2)], dim=1)
 
     def table_loaded(self, _) -> None:
-        self.positions.copy_(self.resize_positions())     # once a load, not once a forward
+        self.positions.copy_(self.resize_positions().detach())             # once a load, not once a forward
 
     def embed(self, image: Tensor) -> Tensor:
         """(P, 3, H, W) -> (P, S, C): class, registers, patches; registers have no position."""
         P, _, H, W = image.shape
         if (H, W) != self.image_size:
-            raise ValueError(f"image is {H}x{W} pixels, the model takes {self.image_size}: letterbox it first")
+            raise ValueError(f"image is {H}x{W} pixels, expected {self.image_size}: letterbox it first")
         patches = self.patch_embed["proj"](image).flatten(2).transpose(1, 2)      # (P, N, C)
-        table = self.pos_embed if self.positions.shape == self.pos_embed.shape else self.positions
+        table = self.resize_positions() if self.pos_embed.requires_grad else self.positions
         x = torch.cat([self.cls_token.expand(P, -1, -1), patches], dim=1) + table
         return torch.cat([x[:, :1], self.register_tokens.expand(P, -1, -1), x[:, 1:]], dim=1)
 
@@ -288,9 +294,8 @@ class TextBlock(nn.Module):
         D = cfg.text_width
         self.ln_1, self.ln_2 = nn.LayerNorm(D), nn.LayerNorm(D)
         self.attn, self.mlp = Attention(D, cfg.text_heads), mlp(D, "c_fc", QuickGELU(), "c_proj")
-        self.adapter = None
-        if adapted:
-            self.adapter = (TextAdapter if cfg.text_adapter == "plain" else DenseTextAdapter)(D, cfg.text_rank)
+        kind = TextAdapter if cfg.text_adapter == "plain" else DenseTextAdapter
+        self.adapter = kind(D, cfg.text_rank) if adapted else None
 
     def forward(self, x: Tensor) -> Tensor:
         normed = self.ln_1(x)
@@ -310,7 +315,7 @@ class TextTransformer(nn.Module):
         self.token_embedding = nn.Embedding(cfg.vocab_size, D)
         self.positional_embedding = nn.Parameter(0.01 * torch.randn(cfg.context, D))
         blocks = nn.ModuleList(TextBlock(cfg, i in cfg.text_layers) for i in range(cfg.text_depth))
-        self.transformer = nn.ModuleDict({"resblocks": blocks})            # only so that the released names fit
+        self.transformer = nn.ModuleDict({"resblocks": blocks})            # so that the released names fit
         self.ln_final = nn.LayerNorm(D)
         self.text_projection = nn.Parameter(D ** -0.5 * torch.randn(D, D))
         self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)), requires_grad=False)   # never read

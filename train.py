@@ -1,10 +1,10 @@
 """Train DCRIS.
 
-    python train.py                                              preset tiny on rendered shapes: CPU, no network
-    torchrun --standalone --nproc_per_node=2 train.py --preset dcris_b --dataset refcoco       the paper's B
-    torchrun --standalone --nproc_per_node=4 train.py --preset dcris_l --dataset refcoco       the paper's L
-    python train.py --resume out/last.pt                         go on where a run stopped
-    python train.py --preset dcris_b --benchmark 50              time 50 steps on random data, print one JSON line
+    python train.py                                  preset tiny on rendered shapes: CPU, no network
+    torchrun --standalone --nproc_per_node=2 train.py --preset dcris_b --dataset refcoco     the paper's B
+    torchrun --standalone --nproc_per_node=4 train.py --preset dcris_l --dataset refcoco     the paper's L
+    python train.py --resume out/last.pt             go on where a run stopped
+    python train.py --preset dcris_b --benchmark 50  time 50 steps on random data, print one JSON line
 
 Writes OUT/log.jsonl, last.pt, best.pt (best mIoU on val), curves.png and panels.png.
 """
@@ -17,10 +17,10 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.distributed.nn
-import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -28,8 +28,8 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
 
-from data import TrainBatches, open_dataset
-from evaluate import draw_panels, evaluate, pick_device, save_image, table, tokenizer_for
+from data import Dataset, cache_photos, letterbox_mask, open_dataset
+from evaluate import collate, draw_panels, evaluate, pick_device, save_image, table, tokenizer_for
 from model import DCRIS, Config, contrastive_loss, parse_config
 from weights import load_encoders, load_trained, read_checkpoint, save_checkpoint
 
@@ -50,6 +50,9 @@ class SharedBatchNorm(nn.modules.batchnorm._BatchNorm):
 
     Each process must hold equally many samples, as TrainBatches sees to.
     """
+
+    def _check_input_dim(self, x: Tensor) -> None:
+        """Of torch's base class; any (B, C, ...) will do."""
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.training:
@@ -104,6 +107,51 @@ def precision(cfg: Config, device: torch.device):
     return stack
 
 
+# ---- batches ----
+
+class TrainBatches(torch.utils.data.Dataset):
+    """Training batches by step number; each is a function of (seed, step) alone, so a run resumes anywhere.
+
+    The steps read one endless stream: epoch after epoch, each object once an epoch, in a new order, with one
+    of its sentences drawn at random. Groups that share a photo stay whole. Process `rank` of `world` gets
+    its slice of every batch. Adds mask, uint8 (B, 1, size, size).
+    """
+
+    def __init__(self, dataset: Dataset, cfg: Config, rank: int = 0, world: int = 1):
+        self.dataset, self.cfg, self.rank, self.world = dataset, cfg, rank, world
+        self.tokenizer, self.share = tokenizer_for(cfg), cfg.batch_size // world
+        unit = world * dataset.per_photo
+        if cfg.batch_size % unit:
+            raise ValueError(f"--batch_size {cfg.batch_size}: need a multiple of {unit}, {world} processes "
+                             f"times {dataset.per_photo} phrases a photo")
+        if not len(dataset):
+            raise ValueError(f"{dataset.name} {dataset.split} holds no object to train on")
+        self.drawn = (-1, None)                           # an epoch and its order
+
+    def order(self, epoch: int) -> np.ndarray:
+        if self.drawn[0] != epoch:
+            group, rng = self.dataset.per_photo, np.random.default_rng([self.cfg.seed, epoch])
+            first = group * rng.permutation(len(self.dataset) // group)
+            self.drawn = (epoch, (first[:, None] + np.arange(group)).ravel())
+        return self.drawn[1]
+
+    def pairs(self, step: int) -> list[tuple[int, int]]:
+        first, chosen = step * self.cfg.batch_size + self.rank * self.share, []
+        for place in range(first, first + self.share):
+            epoch, k = divmod(place, len(self.dataset))
+            i = int(self.order(epoch)[k])
+            draw = np.random.default_rng([self.cfg.seed, epoch, i]).integers(1 << 30)
+            i += epoch * len(self.dataset) * self.dataset.endless
+            chosen.append((i, int(draw) % len(self.dataset.sentences(i))))
+        return chosen
+
+    def __getitem__(self, step: int) -> dict:
+        pairs, cfg = self.pairs(step), self.cfg
+        batch = collate(self.dataset, pairs, self.tokenizer, cfg, share=self.dataset.per_photo > 1)
+        masks = [letterbox_mask(self.dataset.mask(i), cfg.image_size, cfg.mask_rule) for i, _ in pairs]
+        return batch | dict(mask=torch.from_numpy(np.stack(masks))[:, None])
+
+
 # ---- pictures of a run ----
 
 def draw_curves(log: Path, path: Path) -> None:
@@ -117,7 +165,7 @@ def draw_curves(log: Path, path: Path) -> None:
     save_image(sheet, path)
 
 
-def plot(sheet: Image.Image, box: tuple[int, int, int, int], points: list[tuple[float, float]], title: str) -> None:
+def plot(sheet: Image.Image, box: tuple[int, ...], points: list[tuple[float, float]], title: str) -> None:
     """One curve with axes into box (left, top, right, bottom); y starts at 0."""
     draw, font, (left, top, right, bottom) = ImageDraw.Draw(sheet), ImageFont.load_default(13), box
     draw.text((left, top - 24), title, "black", font)
@@ -158,7 +206,7 @@ def train_step(model: nn.Module, optimizer: torch.optim.Optimizer, batch: dict, 
 
 
 def benchmark(cfg: Config, model: nn.Module, optimizer: torch.optim.Optimizer, device: torch.device) -> dict:
-    """Time cfg.benchmark real steps on random data; arithmetic from torch's counter, the peak from a matmul."""
+    """Time cfg.benchmark real steps on random data; torch counts the arithmetic, a matmul gives the peak."""
     wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
     dtype = torch.bfloat16 if cfg.bf16 else torch.float32
     side, B = cfg.image_size, cfg.batch_size
@@ -185,7 +233,7 @@ def benchmark(cfg: Config, model: nn.Module, optimizer: torch.optim.Optimizer, d
         rates.append(2 * n ** 3 / (time.perf_counter() - started))
     achieved = counter.get_total_flops() / seconds
     memory = torch.cuda.max_memory_allocated() / 2 ** 30 if device.type == "cuda" else None
-    name = torch.cuda.get_device_name() if device.type == "cuda" else platform.processor() or platform.machine()
+    name = torch.cuda.get_device_name() if device.type == "cuda" else platform.machine()
     return dict(samples_per_s=round(B / seconds, 2), tflops=round(achieved / 1e12, 3),
                 matmul_peak_tflops=round(max(rates) / 1e12, 3), share_of_peak=round(achieved / max(rates), 3),
                 peak_memory_gib=memory and round(memory, 2), device=name, torch=torch.__version__,
@@ -216,24 +264,25 @@ def main(argv: list[str] | None = None) -> None:
         say(json.dumps(benchmark(cfg, model, optimizer, device)))
         return
 
-    tokenizer = tokenizer_for(cfg)
-    train_set = open_dataset(cfg.dataset, "train", cfg.data_root, cfg.seed)
-    val_set = open_dataset(cfg.dataset, "val", cfg.data_root)
-    batches = TrainBatches(train_set, tokenizer, cfg.image_size, cfg.text_length, cfg.mask_rule, cfg.batch_size,
-                           cfg.seed, rank, world)
+    train_set, val_set = (open_dataset(cfg.dataset, split, cfg.data_root, cfg.seed, cfg.mix_leaky)
+                          for split in ("train", "val"))
+    if cfg.cache:
+        cache_photos(train_set, cfg.cache, cfg.image_size, cfg.mask_rule)
+    batches = TrainBatches(train_set, cfg, rank, world)
     epoch_ends = [math.ceil(e * len(train_set) / cfg.batch_size) for e in range(1, cfg.epochs + 1)]
     total, step, best = epoch_ends[-1], 0, -1.0
     if saved:
         optimizer.load_state_dict(saved["optimizer"])
-        torch.set_rng_state(saved["rng"])
         step, best = saved["step"], saved["best"]
     loader = iter(DataLoader(batches, batch_size=None, sampler=range(step, total), num_workers=cfg.workers,
                              pin_memory=device.type == "cuda", prefetch_factor=4 if cfg.workers else None))
+    if saved:
+        torch.set_rng_state(saved["rng"])                 # after the loader, which draws a number of its own
     out = Path(cfg.out)
     out.mkdir(parents=True, exist_ok=True)
     log = open(out / "log.jsonl", "a" if saved else "w") if rank == 0 else open(os.devnull, "w")
-    say(f"{cfg.dataset}: {len(train_set)} objects an epoch, {total - step} steps of {cfg.batch_size} pairs over "
-        f"{world} process{'es' * (world > 1)} on {device}; {len(val_set)} objects to validate on")
+    say(f"{cfg.dataset}: {len(train_set)} objects an epoch, {total - step} steps of {cfg.batch_size} pairs "
+        f"over {world} process{'es' * (world > 1)} on {device}; {len(val_set)} objects to validate on")
 
     started, first, losses = time.time(), step, []
     while step < total:
@@ -250,19 +299,20 @@ def main(argv: list[str] | None = None) -> None:
                 dist.all_reduce(mean)
                 mean /= world
             if not math.isfinite(mean):
-                raise ValueError(f"loss {mean.item()} by step {step} at learning rate {lr:.2e}; lower --lr or "
-                                 f"set --clip, and go on with --resume {out / 'last.pt'}")
+                raise ValueError(f"loss {mean.item()} by step {step} at learning rate {lr:.2e}: lower --lr "
+                                 f"or set --clip, and go on with --resume {out / 'last.pt'}")
             epoch = min(step * cfg.batch_size / len(train_set), cfg.epochs)
             rate = (step - first) * cfg.batch_size / (time.time() - started)
             left = (total - step) * cfg.batch_size / rate
-            say(f"\repoch {epoch:5.2f}/{cfg.epochs}  step {step}/{total}  loss {mean.item():.4f}  lr {lr:.1e}  "
-                f"gradient {norm.item():.2f}  {rate:.0f} samples/s  {left // 60:.0f}:{left % 60:02.0f} left ",
+            say(f"\repoch {epoch:5.2f}/{cfg.epochs}  step {step}/{total}  loss {mean.item():.4f}  "
+                f"lr {lr:.1e}  gradient {norm.item():.2f}  {rate:.0f} samples/s  "
+                f"{left // 60:.0f}:{left % 60:02.0f} left ",
                 end="" if sys.stdout.isatty() else "\n", flush=True)
-            print(json.dumps(dict(step=step, epoch=round(epoch, 4), loss=mean.item(), lr=lr, norm=norm.item())),
-                  file=log, flush=True)
+            line = dict(step=step, epoch=round(epoch, 4), loss=mean.item(), lr=lr, norm=norm.item())
+            print(json.dumps(line), file=log, flush=True)
         if step in epoch_ends:
             keep = [] if step == total and rank == 0 else None
-            scores = evaluate(raw, val_set, rank=rank, world=world, keep=keep)
+            scores = evaluate(raw, val_set, workers=cfg.workers, rank=rank, world=world, keep=keep)
             improved, best = scores["mIoU"] > best, max(best, scores["mIoU"])
             say(f"\nval after epoch {epoch_ends.index(step) + 1}: mIoU {100 * scores['mIoU']:.2f}, "
                 f"oIoU {100 * scores['oIoU']:.2f}" + ", the best so far" * improved, flush=True)

@@ -23,9 +23,9 @@ from model import DCRIS, PRESETS, Config
 TIMEOUT = (15, 30)                     # seconds: to connect; without a byte, until a server counts as stalled
 TRIES, PAUSE = 6, 1.0                  # tries in a row that bring nothing; seconds between them, doubling
 VOCABULARY = "bpe_simple_vocab_16e6.txt.gz"
-META = "https://dl.fbaipublicfiles.com/dinov2/dinov2_"
+META = "https://dl.fbaipublicfiles.com/dinov2/dinov2_"         # Meta's own host
 AZURE = "https://openaipublic.azureedge.net/clip/"             # down at times; what it copies is BLOB
-BLOB = "https://openaipublic.blob.core.windows.net/clip/"
+BLOB = "https://openaipublic.blob.core.windows.net/clip/"      # OpenAI's own store
 CLIP = "5806e77cd80f8b59890b7e101eabd078d9fb84e6937f9e85e4ecb61988df416f"
 WEB = "https://web.archive.org/web/20220413{}id_/https://bvisionweb1.cs.unc.edu/licheng/referit/data/"
 FILES = {   # place below weights (*.zip: data) -> bytes or None, licence, folders in order, sha256 or md5
@@ -59,7 +59,7 @@ def fault(path: str | Path, size: int | None, digest: str = "") -> str:
     """What is wrong with a file: that it is missing, its size, or its hash if one is given; else ""."""
     if not os.path.isfile(path):
         return "missing"
-    if size not in (None, os.path.getsize(path)):
+    if size not in (None, os.path.getsize(path)):         # costs nothing, so first
         return f"damaged: {os.path.getsize(path)} bytes instead of {size}"
     with open(path, "rb") as file:
         found = digest and hashlib.file_digest(file, "md5" if len(digest) == 32 else "sha256").hexdigest()
@@ -83,11 +83,11 @@ def download(name: str, root: str | Path = "weights") -> Path:
             raise ValueError(f"{path} is {why}; look at it, and move it away to have it fetched again")
         return path
     path.parent.mkdir(parents=True, exist_ok=True)
-    urls, failures, failed, most = [folder + path.name for folder in folders], {}, 0, 0
+    urls, failures, failed, most = [folder + path.name for folder in folders], {}, 0, 0  # most bytes
     with open(f"{path}.part", "ab", buffering=0) as part:
         fcntl.flock(part, fcntl.LOCK_EX)                  # a second process waits here, then finds the file
         if path.exists():
-            return download(name, root)
+            return download(name, root)                   # verified as any other file
         while urls and failed < TRIES:
             url, have = urls.pop(0), part.seek(0, os.SEEK_END)
             try:
@@ -110,37 +110,37 @@ def download(name: str, root: str | Path = "weights") -> Path:
 
 def append(url: str, part, have: int, size: int | None) -> None:
     """Of url what the open file part lacks. RequestException: try again; ValueError: this is not the file."""
-    ask = {"Accept-Encoding": "identity", "Range": f"bytes={have}-"}
+    ask = {"Accept-Encoding": "identity", "Range": f"bytes={have}-"}  # packed, it could not be resumed
     with requests.get(url, headers=ask, stream=True, timeout=TIMEOUT) as reply:
         status, kind = reply.status_code, reply.headers.get("Content-Type", "")
         if status == 416:                                 # nothing beyond what is here: the hash will judge
             return
         start, span = 0, f"bytes 0-/{reply.headers.get('Content-Length', size)}"      # if it ignores Range
         if status == 206:
-            start, span = have, reply.headers.get("Content-Range", "")
+            start, span = have, reply.headers.get("Content-Range", "")    # the rest, as asked
         total = int((re.fullmatch(rf"bytes {start}-\d*/(\d+)", span) or [0, -1])[1])
         if status not in (200, 206) or "text/html" in kind or total < 0 or size not in (None, total):
             raise (requests.HTTPError if status == 429 or status >= 500 else ValueError)(
                 f"answers {status} {kind}, {span}; expected {size or 'all'} bytes from {have}")
         if total - start > shutil.disk_usage(os.path.dirname(part.name)).free:
             raise OSError(f"{part.name}: {(total - start) / 1e9:.1f} GB are to come, the disk has less free")
-        part.truncate(start)
+        part.truncate(start)                              # to nothing, if the server begins anew
         live, shown, begun, done = sys.stderr.isatty(), time.monotonic(), time.monotonic(), start
         for chunk in reply.iter_content(1 << 16):
             done, now = done + part.write(chunk[:total - done]), time.monotonic()
             if now - shown > (0.5 if live else 30) or done == total:      # a terminal's line is rewritten
-                shown, rate = now, (done - start) / (now - begun + 1e-9)
+                shown, rate = now, (done - start) / (now - begun + 1e-9)  # bytes a second
                 print(f"{part.name[:-5]} {done / total:4.0%} of {total / 1e6:.0f} MB, {rate / 1e6:.1f} MB/s, "
                       f"{(total - done) / rate:.0f} s left ", file=sys.stderr,
                       end="\r" if live and done < total else "\n")
             if done == total:
-                return os.fsync(part.fileno())
-        raise requests.ConnectionError(f"closed after {done} of {total} bytes")
+                return os.fsync(part.fileno())            # on the disk before it gets its name
+        raise requests.ConnectionError(f"closed after {done} of {total} bytes")     # what came is kept
 
 
 def write_whole(path: Path, write) -> None:
     """write(file) under another name, then rename: path is whole at any moment, the old one or the new."""
-    temporary = Path(f"{path}.tmp")
+    temporary = Path(f"{path}.tmp")                       # one name: what a kill leaves is overwritten
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "wb") as file:
@@ -157,7 +157,7 @@ def write_whole(path: Path, write) -> None:
 def unpack(path: Path) -> None:
     """data/refcoco.zip -> data/refcoco/{refs(...).p, instances.json}: no other member, only whole files."""
     import fcntl
-    folder = path.with_suffix("")
+    folder = path.with_suffix("")                         # refcoco.zip -> refcoco
     try:
         with open(path, "rb") as file, zipfile.ZipFile(file) as archive:
             fcntl.flock(file, fcntl.LOCK_EX)              # of two processes the second finds it done
@@ -187,7 +187,7 @@ def read_tensors(path: str | Path) -> dict:
             kept = [m for m in archive.infolist() if not re.search(r"/code/|/constants\.pkl$", m.filename)]
             if any(m.compress_type for m in kept):
                 raise ValueError("it is compressed, which torch never does")
-            if len(kept) == len(archive.infolist()):
+            if len(kept) == len(archive.infolist()):      # no code: torch.save wrote it
                 return dict(torch.load(path, map_location="cpu", weights_only=True, mmap=True))
             # TorchScript: torch.jit, deprecated, would compile its code; a copy without that is read instead.
             with zipfile.ZipFile(copy := io.BytesIO(), "w") as plain:
@@ -196,13 +196,13 @@ def read_tensors(path: str | Path) -> dict:
         copy.seek(0)
         named = torch.serialization.get_unsafe_globals_in_checkpoint(copy)
         copy.seek(0)
-        stand_ins = [(Record if n.startswith("__torch__.") else list, n) for n in named
+        stand_ins = [(Record if n.startswith("__torch__.") else list, n) for n in named  # all else: refused
                      if n.startswith(("__torch__.", "torch.jit._pickle.build_"))]
         with torch.serialization.safe_globals(stand_ins):
             return dict(torch.load(copy, map_location="cpu", weights_only=True))
     except Exception as why:                              # whatever a missing or foreign file brings up
-        reason = str(why).split("WeightsUnpickler error:")[-1].strip().partition("\n")[0]
-        raise ValueError(f"{path} is no file of tensors, or a damaged one: {reason}") from None
+        reason = re.split(r"WeightsUnpickler error:|trusted source.", str(why))[-1].strip().partition("\n")[0]
+        raise ValueError(f"{path} is missing, damaged or no file of tensors: {reason}") from None
 
 
 def load_checked(module: nn.Module, state: dict, new: str | None = None) -> None:
@@ -219,7 +219,7 @@ def load_checked(module: nn.Module, state: dict, new: str | None = None) -> None
 
 def load_dinov2(vision: nn.Module, path: str | Path) -> None:
     """DINOv2's released file into our VisionTransformer, adapters aside; ValueError names each misfit."""
-    load_checked(vision, read_tensors(path), new=".adapter.")
+    load_checked(vision, read_tensors(path), new=".adapter.")             # those are ours and train
 
 
 def load_clip_text(text: nn.Module, path: str | Path) -> None:
@@ -274,7 +274,7 @@ def load_detris(model: DCRIS, path: str | Path) -> None:
 
 def load_encoders(model: DCRIS) -> None:
     """The released files in the folder config.weights into both encoders, unless that is none."""
-    root, letter = model.config.weights, {384: "s", 1024: "l"}.get(model.config.vision_width, "b")
+    root, letter = model.config.weights, {384: "s", 1024: "l"}.get(model.config.vision_width, "b")  # S, L, B
     if root != "none":
         load_dinov2(model.vision, find(f"dinov2_vit{letter}14_reg4_pretrain.pth", root))
         load_clip_text(model.text, find("ViT-B-16.pt", root))
@@ -288,11 +288,11 @@ def released(model: DCRIS) -> dict:
 
 def save_checkpoint(path: str | Path, model: DCRIS, *, optimizer=None, step=0, best=0.0, rng=None) -> None:
     """What trains, BatchNorm's buffers and all that resuming needs, as one dict, never half written."""
-    state = model.state_dict()
+    state = model.state_dict()                            # parameters, and averages of BatchNorm
     saved = dict(format="dcris 1", config=vars(model.config).copy(), step=step, best=best, rng=rng,
                  model={k: state[k] for k in sorted(state.keys() - released(model))},
                  optimizer=optimizer and optimizer.state_dict())
-    write_whole(Path(path), lambda file: torch.save(saved, file))
+    write_whole(Path(path), lambda file: torch.save(saved, file))     # a kill leaves the old one whole
 
 
 def read_checkpoint(path: str | Path) -> dict:
@@ -301,7 +301,7 @@ def read_checkpoint(path: str | Path) -> dict:
     if "neck.sentence.weight" in (state := from_detris(saved.get("state_dict", {}))):
         config = dict(detris_config(state), text_length=22 if "refcocog_u" in str(path) else 17)  # as trained
         return dict(config=config, model=state, optimizer=None, step=0, best=0.0, rng=None)
-    if saved.get("format") != "dcris 1":
+    if saved.get("format") != "dcris 1":                  # counted up when old files no longer fit
         raise ValueError(f"{path} is no checkpoint of ours or the authors: it holds {str([*saved])[:200]}")
     return saved
 
@@ -315,19 +315,19 @@ def load_model(path_or_name: str | Path, device: str = "cpu") -> DCRIS:
     """A model in eval mode, from our checkpoint, an authors' file, or a release's name (detris_b_refcoco)."""
     path = Path(path_or_name)
     if path.name in NEEDS and path.name.startswith("detris_"):
-        path = download(NEEDS[path.name][0])
+        path = download(NEEDS[path.name][0])              # evaluate.py asks for the vocabulary
     saved = read_checkpoint(path)
     model = DCRIS(Config(**saved["config"]))
     if released(model).keys() - saved["model"].keys():    # an authors' file has the encoders in it
         load_encoders(model)
     load_trained(model, saved)
-    return model.to(device).eval()
+    return model.to(device).eval()                        # dropout off, BatchNorm by its averages
 
 
 def main(argv: list[str] | None = None) -> None:
     """Exit status 0: done; 1: a file could not be had, or is damaged; 2: there is no such name."""
     p = argparse.ArgumentParser(description="List, fetch and check the released files.")
-    p.add_argument("names", nargs="*", help=" ".join(NEEDS))
+    p.add_argument("names", nargs="*", help=" ".join(NEEDS))  # none: the list
     p.add_argument("--weights", default="weights", help="folder of the weights")
     p.add_argument("--data_root", default="data", help="folder of the data (*.zip)")
     args = p.parse_args(argv)
@@ -337,12 +337,12 @@ def main(argv: list[str] | None = None) -> None:
     try:
         for name in (file for asked in args.names for file in NEEDS[asked]):
             print(path := download(name, root(name)))
-            if name.startswith("refcoco"):
+            if name.startswith("refcoco"):                # train2014.zip is read packed
                 unpack(path)
     except (OSError, ValueError, KeyboardInterrupt) as why:
         p.exit(1, f"{str(why) or 'stopped; what came is kept, the same command goes on from there'}\n")
     for name, (size, licence, _, digest) in ({} if args.names else FILES).items():
-        state = fault(path := Path(root(name), name), size, digest) or "present"
+        state = fault(path := Path(root(name), name), size, digest) or "present"    # reads it through
         print(f"{size or '?':>11}  {licence:<14}  {path}: {state}", flush=True)
 
 
