@@ -1,6 +1,6 @@
 """The small trainable modules that join a frozen image encoder and a frozen text encoder.
 
-    Attention            multi-head attention, nn.MultiheadAttention's parameters under their own names
+    Attention, ConvBN    and other blocks that several parts are built from
     DenseCrossAdapter    paper Eq. 1-2: beside the MLP of some DINOv2 blocks
     TextAdapter          paper Eq. 3: beside the MLP of some CLIP text blocks
     DenseTextAdapter     what the authors' release has in place of Eq. 3
@@ -8,6 +8,9 @@
 Axes: B pairs, S image tokens (class, R registers, N = h*w patches), L text tokens, C image width, D text
 width, r the adapter's reduced width ("rank" in the flags, "dim" in the paper's tables).
 """
+import math
+from collections import OrderedDict
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -46,6 +49,31 @@ class Attention(nn.Module):
         """
         weight, bias = self.in_proj_weight.chunk(3)[2], self.in_proj_bias.chunk(3)[2]
         return self.out_proj(F.linear(value, weight, bias))
+
+
+class QuickGELU(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x * torch.sigmoid(1.702 * x)
+
+
+def mlp(width: int, first: str, act: nn.Module, second: str) -> nn.Sequential:
+    """Four times as wide inside; `first` and `second` are the released names of its two layers."""
+    return nn.Sequential(OrderedDict({first: nn.Linear(width, 4 * width), "act": act,
+                                      second: nn.Linear(4 * width, width)}))
+
+
+def sine_positions(length: int, width: int) -> Tensor:
+    """Sine and cosine interleaved, base 10000 (Vaswani et al. 2017, section 3.5): (length, width)."""
+    rate = torch.exp(torch.arange(0, width, 2) * (-math.log(10000.0) / width))
+    angle = torch.arange(length)[:, None] * rate
+    return torch.stack([angle.sin(), angle.cos()], dim=-1).flatten(1)
+
+
+def square_positions(side: int, width: int) -> Tensor:
+    """The same for a square of patches, (side * side, width): first half of the width x, second half y."""
+    line = sine_positions(side, width // 2)
+    x, y = line[None].expand(side, -1, -1), line[:, None].expand(-1, side, -1)
+    return torch.cat([x, y], dim=-1).flatten(0, 1)
 
 
 class ConvBN(nn.Module):

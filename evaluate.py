@@ -14,7 +14,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageChops, ImageDraw, ImageFilter, ImageFont, ImageOps
 from torch import Tensor
 
 from data import Dataset, Tokenizer, fit, letterbox, open_dataset, open_image
@@ -23,7 +23,7 @@ from weights import VOCABULARY, find, load_model, write_whole
 
 THRESHOLD = {"aligned": 0.5, "detris": 0.35}              # of the probability; the release's is 0.35
 PRECISION = (0.5, 0.6, 0.7, 0.8, 0.9)                     # Pr@X: share of sentences with IoU > X
-MISSED, WRONG = (70, 110, 255), (255, 60, 60)             # panel colours: in truth only, in prediction only
+GREEN, RED = (20, 150, 70), (220, 30, 30)                 # outlines of truth and prediction
 
 
 def tokenizer_for(cfg: Config) -> Tokenizer:
@@ -145,8 +145,8 @@ def evaluate(model: DCRIS, dataset: Dataset, batch_size: int = 32, workers: int 
     """Score every sentence of a split at its photo's own size; every process returns the whole's figures.
 
     Returns metrics() of all sentences and, under "kinds", of each kind of phrase. Each process scores its own
-    chunks and one sum joins the disjoint rows, so nothing counts twice. keep: filled with a dict a sentence
-    (row, id, phrase, iou, truth, pred), for panels. The model's mode is put back afterwards.
+    chunks and one sum joins the disjoint rows, so nothing counts twice. keep: filled with about eight
+    sentences of the split (object, phrase, iou, truth, pred) for panels. The model's mode is put back.
     """
     cfg, device, training = model.config, model.mean.device, model.training
     batches = EvalBatches(dataset, cfg, batch_size, rank, world, shuffle_text)
@@ -160,8 +160,8 @@ def evaluate(model: DCRIS, dataset: Dataset, batch_size: int = 32, workers: int 
             truth = truth.to(device)
             inter, union = (pred & truth).sum().item(), (pred | truth).sum().item()
             counts[batch["rows"][k]] = torch.tensor([inter, union], dtype=torch.float64)
-            if keep is not None:
-                keep.append(dict(row=batch["rows"][k], id=batch["ids"][k], phrase=batch["phrases"][k],
+            if keep is not None and batch["rows"][k] % max(1, len(batches.pairs) // 8) == 0:
+                keep.append(dict(object=batches.pairs[batch["rows"][k]][0], phrase=batch["phrases"][k],
                                  iou=inter / max(union, 1), truth=truth.cpu().numpy(),
                                  pred=pred.cpu().numpy()))
     model.train(training)
@@ -192,40 +192,37 @@ def segment(model: DCRIS, image: Image.Image | str | Path, text: str) -> tuple[n
 
 # ---- pictures ----
 
-def paint(photo: Image.Image, mask: np.ndarray, colour: tuple = (255, 60, 60)) -> Image.Image:
-    """The photo with a mask (H, W) laid over it, half transparent."""
-    cover = Image.fromarray(np.uint8(mask) * 130)
-    return Image.composite(Image.new("RGB", photo.size, colour), photo, cover)
+def paint(photo: Image.Image, mask: np.ndarray, colour: tuple[int, int, int]) -> Image.Image:
+    """The photo with all but the mask (H, W) faded, and the mask's outline in a colour."""
+    inside = Image.fromarray(np.uint8(mask) * 255)
+    faded = Image.blend(photo.convert("L").convert("RGB"), Image.new("RGB", photo.size, "white"), 0.6)
+    faded.paste(photo, mask=inside)
+    outline = inside.filter(ImageFilter.MaxFilter(2 * (max(photo.size) // 200) + 3))
+    faded.paste(colour, mask=ImageChops.subtract(outline, inside))
+    return faded
 
 
 def draw_panels(rows: list[dict], dataset: Dataset, path: str | Path, side: int = 224) -> None:
     """A PNG like the paper's Figure 3: photo | ground truth | prediction, with phrase and IoU over each row.
 
-    rows: what evaluate keeps. Written whole or not at all.
+    rows: what evaluate keeps.
     """
-    objects = {f"{dataset.object_id(i)}": i for i in range(len(dataset))}
-    font, gap = ImageFont.load_default(15), 8
-    height = side + 26
-    sheet = Image.new("RGB", (3 * (side + gap) + gap, len(rows) * (height + gap) + gap + 20), "white")
+    font, gap, top = ImageFont.load_default(15), 8, 24
+    sheet = Image.new("RGB", (3 * (side + gap) + gap, len(rows) * (side + 34) + top), "white")
     draw = ImageDraw.Draw(sheet)
     for k, title in enumerate(("photo", "ground truth", "prediction")):
         draw.text((gap + k * (side + gap) + side / 2, 4), title, "gray", font, anchor="ma")
-    for r, row in enumerate(rows):
-        photo = dataset.photo(objects[row["id"].rsplit(" sentence ", 1)[0]])
-        top = 20 + gap + r * (height + gap)
-        caption = f'"{row["phrase"]}"'
-        while draw.textlength(caption, font) > 3 * side - 90:
-            caption = caption[:-3] + '…"' if not caption.endswith('…"') else caption[:-4] + '…"'
-        draw.text((gap, top + 2), caption, "black", font)
+    for row in rows:
+        photo, caption = dataset.photo(row["object"]), row["phrase"]
+        while draw.textlength(f'"{caption}"', font) > 3 * side - 90:
+            caption = caption.removesuffix("...")[:-1] + "..."
+        draw.text((gap, top + 2), f'"{caption}"', "black", font)
         draw.text((sheet.width - gap, top + 2), f"IoU {100 * row['iou']:.1f}", "black", font, anchor="ra")
-        drawn = photo, paint(photo, row["truth"], (40, 170, 90)), paint(photo, row["pred"])
-        for k, picture in enumerate(drawn):
-            picture.thumbnail((side, side))
-            if max(picture.size) < side:
-                factor = side / max(picture.size)
-                picture = picture.resize([max(1, round(n * factor)) for n in picture.size], Image.BICUBIC)
+        drawn = photo, paint(photo, row["truth"], GREEN), paint(photo, row["pred"], RED)
+        for k, picture in enumerate(ImageOps.contain(picture, (side, side)) for picture in drawn):
             left = gap + k * (side + gap) + (side - picture.width) // 2
             sheet.paste(picture, (left, top + 24 + (side - picture.height) // 2))
+        top += side + 34
     save_image(sheet, path)
 
 
@@ -275,7 +272,7 @@ def main(argv: list[str] | None = None) -> None:
         mask, score = segment(model, photo, args.text)
         overlay = Path(args.out).with_name(Path(args.out).stem + "_overlay.png")
         save_image(Image.fromarray(mask), args.out)
-        save_image(paint(photo, mask), overlay)
+        save_image(paint(photo, mask, RED), overlay)
         print(f'"{args.text}": score {score:.3f}, {mask.mean():.1%} of the photo; wrote {args.out}, '
               f"{overlay}")
         return
@@ -289,7 +286,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.json:
         Path(args.json).write_text(json.dumps(vars(args) | scores, indent=1))
     if args.panels:
-        draw_panels(keep[::max(1, len(keep) // 8)][:8], dataset, args.panels)
+        draw_panels(keep[:8], dataset, args.panels)
 
 
 if __name__ == "__main__":

@@ -14,14 +14,14 @@ The encoders keep the released files' names, so those load without translation (
 import argparse
 import functools
 import math
-from collections import OrderedDict
 from dataclasses import dataclass, fields
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from adapters import Attention, ConvBN, DenseCrossAdapter, DenseTextAdapter, TextAdapter
+from adapters import (Attention, ConvBN, DenseCrossAdapter, DenseTextAdapter, QuickGELU, TextAdapter, mlp,
+                      sine_positions, square_positions)
 
 ADAPTER_SCALE = 0.2                                       # weight of an adapter beside its MLP, as released
 MEAN = (0.48145466, 0.4578275, 0.40821073)                # CLIP's, for DINOv2 too, as released
@@ -154,45 +154,22 @@ def parse_config(argv: list[str] | None = None, saved: dict | None = None) -> Co
         p.error(str(error))
 
 
-def sine_positions(length: int, width: int) -> Tensor:
-    """Sine and cosine interleaved, base 10000 (Vaswani et al. 2017, section 3.5): (length, width)."""
-    rate = torch.exp(torch.arange(0, width, 2) * (-math.log(10000.0) / width))
-    angle = torch.arange(length)[:, None] * rate
-    return torch.stack([angle.sin(), angle.cos()], dim=-1).flatten(1)
-
-
-def square_positions(side: int, width: int) -> Tensor:
-    """The same for a square of patches, (side * side, width): first half of the width x, second half y."""
-    line = sine_positions(side, width // 2)
-    x, y = line[None].expand(side, -1, -1), line[:, None].expand(-1, side, -1)
-    return torch.cat([x, y], dim=-1).flatten(0, 1)
-
-
 # ---- image encoder: DINOv2 with registers (Oquab et al. 2023; Darcet et al. 2023), released names ----
 
 class VisionAttention(nn.Module):
     """Self-attention over image tokens (B, S, C) with one fused table for query, key and value."""
-
     def __init__(self, width: int, heads: int):
         super().__init__()
         self.heads = heads
-        self.qkv = nn.Linear(width, 3 * width)
-        self.proj = nn.Linear(width, width)
+        self.qkv, self.proj = nn.Linear(width, 3 * width), nn.Linear(width, width)
 
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)   # 3 x (B, nh, S, hd)
         return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
 
 
-def mlp(width: int, first: str, act: nn.Module, second: str) -> nn.Sequential:
-    """Four times as wide inside; `first` and `second` are the released names of its two layers."""
-    return nn.Sequential(OrderedDict({first: nn.Linear(width, 4 * width), "act": act,
-                                      second: nn.Linear(4 * width, width)}))
-
-
 class VisionBlock(nn.Module):
     """Pre-norm block in two halves: attend knows no words; update does where the block has an adapter."""
-
     def __init__(self, cfg: Config, adapted: bool):
         super().__init__()
         C = cfg.vision_width
@@ -218,7 +195,6 @@ class VisionTransformer(nn.Module):
     photo (B,) says which of the P images each pair shows; None: P = B, in order. Whatever comes before the
     first adapter knows no words, so it runs once a photo, and pairs part only there.
     """
-
     def __init__(self, cfg: Config):
         super().__init__()
         C, side = cfg.vision_width, cfg.image_size // cfg.patch_size
@@ -243,12 +219,11 @@ class VisionTransformer(nn.Module):
         if self.grid == (self.table_side, self.table_side):
             return self.pos_embed
         first, patches = self.pos_embed.split([1, self.table_side ** 2], dim=1)
+        how = dict(size=self.grid, antialias=True)
+        if self.rule == "detris":                         # the factor itself, not its rounding, sets the step
+            how = dict(scale_factor=[(side + 0.1) / self.table_side for side in self.grid])
         patches = patches.unflatten(1, (self.table_side, -1)).permute(0, 3, 1, 2)
-        if self.rule == "dinov2":
-            patches = F.interpolate(patches, self.grid, mode="bicubic", antialias=True)
-        else:                                             # the factor itself, not its rounding, sets the step
-            scale = [(side + 0.1) / self.table_side for side in self.grid]
-            patches = F.interpolate(patches, scale_factor=scale, mode="bicubic")
+        patches = F.interpolate(patches, mode="bicubic", **how)            # (1, C, h, w)
         return torch.cat([first, patches.flatten(2).transpose(1, 2)], dim=1)
 
     def table_loaded(self, _) -> None:
@@ -281,14 +256,8 @@ class VisionTransformer(nn.Module):
 
 # ---- text encoder: CLIP's text transformer (Radford et al. 2021), released names ----
 
-class QuickGELU(nn.Module):
-    def forward(self, x: Tensor) -> Tensor:
-        return x * torch.sigmoid(1.702 * x)
-
-
 class TextBlock(nn.Module):
     """Pre-norm block; the adapter reads the stream after attention, not normalised, as released."""
-
     def __init__(self, cfg: Config, adapted: bool):
         super().__init__()
         D = cfg.text_width
@@ -308,7 +277,6 @@ class TextBlock(nn.Module):
 
 class TextTransformer(nn.Module):
     """CLIP text transformer. tokens (B, L) -> words (B, L, D) after the final norm, sentence (B, D)."""
-
     def __init__(self, cfg: Config):
         super().__init__()
         D = cfg.text_width
@@ -334,7 +302,6 @@ class TextTransformer(nn.Module):
 
 class Neck(nn.Module):
     """Cross-modal neck (Eq. 4). taps 3 x (B, C, h, w), sentence (B, D) -> (B, d, h, w)."""
-
     def __init__(self, cfg: Config):
         super().__init__()
         d = cfg.head_width
@@ -359,7 +326,6 @@ class Neck(nn.Module):
 
 class DecoderLayer(nn.Module):
     """Patches look at each other, then at the words, then an MLP; an extra norm closes each attention."""
-
     def __init__(self, cfg: Config):
         super().__init__()
         d, p = cfg.head_width, cfg.dropout
@@ -381,7 +347,6 @@ class DecoderLayer(nn.Module):
 
 class Decoder(nn.Module):
     """Vision-language decoder. x (B, d, h, w), words (B, L, D), pad (B, L) -> (B, d, h, w)."""
-
     def __init__(self, cfg: Config):
         super().__init__()
         d, side = cfg.head_width, cfg.image_size // cfg.patch_size
@@ -402,7 +367,6 @@ class Decoder(nn.Module):
 
 class Projector(nn.Module):
     """Up-sampling projector (Eq. 5). x (B, d, h, w), sentence (B, D) -> logits (B, 1, 4h, 4w)."""
-
     def __init__(self, cfg: Config):
         super().__init__()
         d, c = cfg.head_width, cfg.head_width // 2
@@ -432,7 +396,6 @@ class DCRIS(nn.Module):
     """The whole model. image (P, 3, H, W) uint8 0 ... 255, or float already normalised; tokens (B, L) int64
     with 0 for padding; photo (B,) as in VisionTransformer -> logits (B, 1, 4h, 4w) float32.
     """
-
     def __init__(self, config: Config):
         super().__init__()
         self.config = config
@@ -454,28 +417,27 @@ class DCRIS(nn.Module):
         if image.dtype == torch.uint8:
             image = (image - self.mean) / self.std
         words, sentence = self.text(tokens)
-        taps = self.vision(image, words, photo)
-        fused = self.neck(taps, sentence)
-        fused = self.decoder(fused, words, tokens == 0)
+        fused = self.neck(self.vision(image, words, photo), sentence)
+        fused = self.decoder(fused, words, pad=tokens == 0)
         return self.projector(fused, sentence).float()
 
     def parameter_counts(self) -> dict[str, int]:
         """Parameters by part; `backbone` is the paper's sum, which leaves out the text position table."""
-        count = lambda *modules: sum(p.numel() for m in modules for p in m.parameters())
-        adapters = count(*self.adapters())
-        visual = count(*(block.adapter for block in self.vision.blocks if block.adapter is not None))
-        vision, text = count(self.vision) - visual, count(self.text) - (adapters - visual)
-        return dict(adapters=adapters, neck=count(self.neck), decoder=count(self.decoder),
-                    projector=count(self.projector),
-                    trainable=sum(p.numel() for p in self.parameters() if p.requires_grad),
-                    vision=vision, text=text, backbone=vision + text - self.text.positional_embedding.numel())
+        sizes = {name: p.numel() for name, p in self.named_parameters()}
+        count = lambda part, adapter: sum(n for name, n in sizes.items()
+                                          if name.startswith(part) and (".adapter." in name) == adapter)
+        counts = dict(adapters=count("", True), neck=count("neck.", False), decoder=count("decoder.", False),
+                      projector=count("projector.", False), vision=count("vision.", False),
+                      text=count("text.", False), trainable=sum(
+                          p.numel() for p in self.parameters() if p.requires_grad))
+        table = self.text.positional_embedding.numel()
+        return counts | dict(backbone=counts["vision"] + counts["text"] - table)
 
 
 @functools.lru_cache(maxsize=8)
 def area_weights(pixels: int, cells: int) -> Tensor:
     """(cells, pixels): the share of each cell that each pixel covers; rows sum to 1."""
-    edges = torch.arange(cells + 1, dtype=torch.float64) * pixels / cells
-    pixel = torch.arange(pixels)
+    edges, pixel = torch.arange(cells + 1, dtype=torch.float64) * pixels / cells, torch.arange(pixels)
     overlap = torch.minimum(edges[1:, None], pixel + 1) - torch.maximum(edges[:-1, None], pixel)
     return (overlap.clamp(min=0) * cells / pixels).float()
 
@@ -486,10 +448,9 @@ def contrastive_loss(logits: Tensor, mask: Tensor, rule: str = "aligned") -> Ten
     logits (B, 1, 4h, 4w) float32; mask (B, 1, H, W) in [0, 1], brought to the logits' grid by the rule:
     aligned, the exact area average; detris, the nearest pixel. Returns a scalar in nats.
     """
-    H, W = logits.shape[2:]
     if rule == "detris":
-        mask = F.interpolate(mask, (H, W), mode="nearest")
+        mask = F.interpolate(mask, logits.shape[2:], mode="nearest")
     else:
-        rows, columns = area_weights(mask.shape[2], H).to(mask), area_weights(mask.shape[3], W).to(mask)
+        rows, columns = (area_weights(*sides).to(mask) for sides in zip(mask.shape[2:], logits.shape[2:]))
         mask = rows @ mask @ columns.T
     return F.binary_cross_entropy_with_logits(logits, mask)

@@ -324,7 +324,7 @@ def main(argv: list[str] | None = None) -> None:
                     save_checkpoint(out / "best.pt", raw, step=step, best=best)
     if rank == 0:
         draw_curves(out / "log.jsonl", out / "curves.png")
-        draw_panels(keep[::max(1, len(keep) // 6)][:6], val_set, out / "panels.png")
+        draw_panels(keep[:6], val_set, out / "panels.png")
         print(table(scores))
         print(f"done in {(time.time() - started) / 60:.1f} min: {out}/best.pt, mIoU {100 * best:.2f} on val; "
               f"look at {out}/panels.png and {out}/curves.png")
