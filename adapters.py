@@ -22,7 +22,6 @@ class Attention(nn.Module):
     query (B, Q, E), key and value (B, K, E) -> (B, Q, E). Dropout falls on the attention weights.
     pad: (B, K) bool, True where a key must not be looked at. causal: token i sees tokens 0 ... i only.
     """
-
     def __init__(self, width: int, heads: int, dropout: float = 0.0):
         super().__init__()
         self.heads, self.dropout = heads, dropout
@@ -49,6 +48,18 @@ class Attention(nn.Module):
         """
         weight, bias = self.in_proj_weight.chunk(3)[2], self.in_proj_bias.chunk(3)[2]
         return self.out_proj(F.linear(value, weight, bias))
+
+
+class VisionAttention(nn.Module):
+    """Self-attention over image tokens (B, S, C), under DINOv2's names. (B, S, C) -> (B, S, C)."""
+    def __init__(self, width: int, heads: int):
+        super().__init__()
+        self.heads = heads
+        self.qkv, self.proj = nn.Linear(width, 3 * width), nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)   # 3 x (B, nh, S, hd)
+        return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
 
 
 class QuickGELU(nn.Module):
@@ -78,7 +89,6 @@ def square_positions(side: int, width: int) -> Tensor:
 
 class ConvBN(nn.Module):
     """Convolution that keeps the size, BatchNorm, ReLU. dims 1: (B, C, L); dims 2: (B, C, h, w)."""
-
     def __init__(self, inputs: int, outputs: int, kernel: int, eps: float = 1e-5, bias: bool = False,
                  dims: int = 2):
         super().__init__()
@@ -95,7 +105,6 @@ class DenseBranches(nn.Module):
 
     (B, r, h, w) -> (B, r, h, w), or (B, r, L) -> (B, r, L) with dims=1. The residual "+ F_v" is the caller's.
     """
-
     def __init__(self, rank: int, dims: int):
         super().__init__()
         conv = lambda inputs, outputs, kernel: ConvBN(inputs, outputs, kernel, eps=1e-3, bias=True, dims=dims)
@@ -113,7 +122,6 @@ class DenseBranches(nn.Module):
 
 class CrossAttention(nn.Module):
     """F_MHCA of Eq. 2: patches ask, words answer, at a width of 128 whatever the rank is."""
-
     def __init__(self, rank: int, text_width: int, dropout: float, width: int = 128, heads: int = 8):
         super().__init__()
         self.query = nn.Linear(rank, width)
@@ -132,7 +140,6 @@ class DenseCrossAdapter(nn.Module):
     x (B, S, C), words (B, L, D), grid (h, w) with S - h*w prefix tokens -> (B, S, C).
     Class and register tokens skip convolution and attention; the release gives them F_v twice.
     """
-
     def __init__(self, width: int, rank: int, text_width: int, dropout: float = 0.1):
         super().__init__()
         self.down = nn.Linear(width, rank)
@@ -153,7 +160,6 @@ class DenseCrossAdapter(nn.Module):
 
 class TextAdapter(nn.Module):
     """Text adapter (paper, Eq. 3): down, ReLU, up. (B, L, D) -> (B, L, D)."""
-
     def __init__(self, width: int, rank: int):
         super().__init__()
         self.down = nn.Linear(width, rank)
@@ -169,7 +175,6 @@ class DenseTextAdapter(nn.Module):
 
     (B, L, D) -> (B, L, D). The start token skips the branches, and like all tokens gets "+ F_t" at the end.
     """
-
     def __init__(self, width: int, rank: int):
         super().__init__()
         self.down = nn.Linear(width, rank)

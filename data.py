@@ -6,7 +6,6 @@
 import functools
 import gc
 import gzip
-import heapq
 import html
 import itertools
 import io
@@ -112,28 +111,19 @@ class Tokenizer:
 
 
 def merge(word: list[str], ranks: dict) -> list[str]:
-    """Byte-pair merging: again and again the best-ranked pair. A heap makes it O(n log n).
-
-    A pair with a merged symbol ranks behind that symbol's own merge, so taking one place after another, from
-    the left, gives what CLIP gets from whole passes.
-    """
-    n, heap = len(word), []
-    word, after, before = [*word, None], [*range(1, n + 1), n], [*range(-1, n)]    # None: gone to its left
-
-    def push(i):
-        if (rank := ranks.get((word[i], word[after[i]]))) is not None:
-            heapq.heappush(heap, (rank, i))
-
-    for i in range(n):
-        push(i)
-    while heap:
-        rank, i = heapq.heappop(heap)
-        j = after[i]
-        if ranks.get((word[i], word[j])) == rank:  # else another merge has taken one of the two
-            word[i], word[j], after[i], before[after[j]] = word[i] + word[j], None, after[j], i
-            push(before[i])
-            push(i)
-    return [s for s in word if s]
+    """Byte-pair merging: again and again the best-ranked pair, in all its places from left to right."""
+    while len(word) > 1:
+        best = min(itertools.pairwise(word), key=lambda pair: ranks.get(pair, math.inf))
+        if best not in ranks:
+            break
+        merged = []
+        for symbol in word:
+            if merged and (merged[-1], symbol) == best:
+                merged[-1] += symbol
+            else:
+                merged.append(symbol)
+        word = merged
+    return word
 
 
 # ---- photos and masks ----
@@ -467,7 +457,7 @@ ENDS = {(0, 1): ("leftmost {}", "{} from the left"), (0, -1): ("rightmost {}", "
         (1, 1): ("top {}", "{} from the top"), (1, -1): ("bottom {}", "{} from the bottom")}
 
 
-Thing = namedtuple("Thing", "kind colour size x y radius angle")       # x, y, radius: shares of the side; radians
+Thing = namedtuple("Thing", "kind colour size x y radius angle")       # shares of the side; radians
 
 
 def phrases(things: list[Thing]) -> dict[str, list[tuple[int, str]]]:
@@ -539,7 +529,8 @@ class Shapes(Dataset):
         k, j = divmod(i, self.per_photo)
         things, chosen = self.scene(k)
         meant, phrase, kind = chosen[j]
-        return dict(id=f"shapes/{self.split} {i}", key=k, sentences=[phrase], kinds=[kind], thing=things[meant])
+        return dict(id=f"shapes/{self.split} {i}", key=k, sentences=[phrase], kinds=[kind],
+                    thing=things[meant])
 
     def photo(self, i: int) -> Image.Image:
         k = i // self.per_photo

@@ -6,6 +6,7 @@
 """
 import argparse
 import json
+import math
 import sys
 import time
 from pathlib import Path
@@ -224,6 +225,40 @@ def draw_panels(rows: list[dict], dataset: Dataset, path: str | Path, side: int 
             sheet.paste(picture, (left, top + 24 + (side - picture.height) // 2))
         top += side + 34
     save_image(sheet, path)
+
+
+def draw_curves(log: Path, path: Path) -> None:
+    """PNG of a log.jsonl: training loss against steps, and mIoU on val against steps."""
+    lines = [json.loads(line) for line in log.read_text().splitlines()]
+    sheet = Image.new("RGB", (960, 400), "white")
+    plot(sheet, (70, 40, 460, 340), [(line["step"], line["loss"]) for line in lines if "loss" in line],
+         "training loss, nats per pixel")
+    plot(sheet, (550, 40, 940, 340), [(line["step"], 100 * line["mIoU"]) for line in lines if "mIoU" in line],
+         "mIoU on val, %")
+    save_image(sheet, path)
+
+
+def plot(sheet: Image.Image, box: tuple[int, ...], points: list[tuple[float, float]], title: str) -> None:
+    """One curve with axes into box (left, top, right, bottom); y starts at 0."""
+    draw, font, (left, top, right, bottom) = ImageDraw.Draw(sheet), ImageFont.load_default(13), box
+    draw.text((left, top - 24), title, "black", font)
+    draw.text((right, bottom + 26), "step", "gray", font, anchor="ra")
+    if not points:
+        return
+    x_top, y_top = max(x for x, _ in points) or 1, max(y for _, y in points) or 1
+    unit = 10 ** math.floor(math.log10(y_top / 2))
+    unit *= next(m for m in (1, 2, 5, 10) if y_top / (unit * m) <= 6)
+    for k in range(math.floor(y_top / unit) + 1):
+        y = bottom - k * unit / y_top * (bottom - top)
+        draw.line((left, y, right, y), "gainsboro")
+        draw.text((left - 6, y), f"{k * unit:g}", "gray", font, anchor="rm")
+    for k in range(5):
+        x = left + k / 4 * (right - left)
+        draw.text((x, bottom + 6), f"{k / 4 * x_top:.0f}", "gray", font, anchor="ma")
+    draw.line((left, top, left, bottom, right, bottom), "gray")
+    spots = [(left + x / x_top * (right - left), bottom - y / y_top * (bottom - top)) for x, y in points]
+    draw.line(spots, (40, 90, 200), 2, joint="curve")
+    draw.ellipse((spots[-1][0] - 3, spots[-1][1] - 3, spots[-1][0] + 3, spots[-1][1] + 3), fill=(40, 90, 200))
 
 
 def save_image(image: Image.Image, path: str | Path) -> None:

@@ -20,8 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from adapters import (Attention, ConvBN, DenseCrossAdapter, DenseTextAdapter, QuickGELU, TextAdapter, mlp,
-                      sine_positions, square_positions)
+from adapters import (Attention, ConvBN, DenseCrossAdapter, DenseTextAdapter, QuickGELU, TextAdapter,
+                      VisionAttention, mlp, sine_positions, square_positions)
 
 ADAPTER_SCALE = 0.2                                       # weight of an adapter beside its MLP, as released
 MEAN = (0.48145466, 0.4578275, 0.40821073)                # CLIP's, for DINOv2 too, as released
@@ -47,7 +47,7 @@ class Config:
     text_width: int = 512              # D, of words and sentence
     text_depth: int = 12
     text_heads: int = 8
-    vocab_size: int = 49408            # this many: CLIP's byte pairs; else one id a word, no file needed
+    vocab_size: int = 49408            # CLIP's byte pairs; with --weights none one id a word, any number
     context: int = 77                  # length of the released position table, tokens
     text_length: int = 17              # L, start and end tokens included
     text_layers: tuple = (1, 3, 5, 7, 9, 11)     # blocks with a text adapter, 0-based
@@ -85,42 +85,36 @@ class Config:
     benchmark: int = 0                 # N: time N steps on random data, print one JSON line, stop
 
     def __post_init__(self):
+        at = lambda name: getattr(self, name)
         for field in fields(self):                                     # a checkpoint may hold lists
             if field.type is tuple:
-                setattr(self, field.name, tuple(getattr(self, field.name)))
+                setattr(self, field.name, tuple(at(field.name)))
         if self.method == "frozen":
             self.visual_layers = self.text_layers = ()
-        for name, allowed in CHOICES.items():
-            self.need(name, getattr(self, name) in allowed, "one of " + " ".join(allowed))
+        good = {name: (at(name) in some, "one of " + " ".join(some)) for name, some in CHOICES.items()}
         for name, of in MULTIPLES.items():
-            unit = math.prod(max(1, getattr(self, f)) if type(f) is str else f for f in of)
-            value = getattr(self, name)
-            self.need(name, value > 0 and value % unit == 0, f"a positive multiple of {unit}")
-        for name in ("taps", "visual_layers", "text_layers"):
-            depth = self.text_depth if name == "text_layers" else self.vision_depth
-            blocks = getattr(self, name)
-            self.need(name, list(blocks) == sorted(set(blocks)) and set(blocks) <= set(range(depth)),
-                      f"rising block numbers from 0 to {depth - 1}")
-        before_last = len(self.taps) == 2 and self.taps[1] < self.vision_depth - 1
-        self.need("taps", before_last, "two blocks before the last")
-        self.need("text_length", 3 <= self.text_length <= self.context, f"3 to --context {self.context}")
-        for name in ("dropout", "warmup"):
-            self.need(name, 0 <= getattr(self, name) < 1, "a share from 0 to below 1")
-        for name in ("lr", "clip", "workers", "benchmark"):
-            self.need(name, 0 <= getattr(self, name) < math.inf, "a number not below 0")
-
-    def need(self, name: str, good: bool, what: str) -> None:
-        if not good:
-            raise ValueError(f"--{name} {getattr(self, name)}: need {what}")
+            unit = math.prod(max(1, at(f)) if type(f) is str else f for f in of)
+            good[name] = at(name) > 0 and at(name) % unit == 0, f"a positive multiple of {unit}"
+        for name, depth in (("visual_layers", self.vision_depth), ("text_layers", self.text_depth),
+                            ("taps", self.vision_depth - 1)):
+            rising = list(at(name)) == sorted(set(at(name))) and set(at(name)) <= set(range(depth))
+            good[name] = rising and len(at(name)) in ((2,) if name == "taps" else range(99)), (
+                f"{'two ' * (name == 'taps')}rising block numbers from 0 to {depth - 1}")
+        good["text_length"] = 3 <= self.text_length <= self.context, f"3 to --context {self.context}"
+        good |= {name: (0 <= at(name) < 1, "a share from 0 to below 1") for name in ("dropout", "warmup")}
+        good |= {name: (0 <= at(name) < math.inf, "0 or more") for name in ("lr", "clip", "workers")}
+        for name, (is_good, need) in good.items():
+            if not is_good:
+                raise ValueError(f"--{name} {at(name)}: need {need}")
 
 
-CHOICES = {"pos_resize": ("dinov2", "detris"), "text_adapter": ("plain", "dense"),
-           "mask_rule": ("aligned", "detris"), "method": ("dcris", "frozen", "full"),
-           "schedule": ("step", "cosine")}
-MULTIPLES = {"image_size": ["patch_size"], "vision_width": ["vision_heads", 4], "text_width": ["text_heads"],
-             "head_width": ["head_heads", 4], "visual_rank": [16], "text_rank": [16],
-             **{name: [] for name in ("vision_depth", "text_depth", "decoder_depth", "decoder_ffn",
-                                      "pos_grid", "batch_size", "epochs")}}
+CHOICES = {"pos_resize": ("dinov2", "detris"), "mask_rule": ("aligned", "detris"),
+           "text_adapter": ("plain", "dense"), "schedule": ("step", "cosine"),
+           "method": ("dcris", "frozen", "full")}
+MULTIPLES = {name: () for name in "vision_heads text_heads head_heads patch_size vision_depth text_depth "
+             "decoder_depth decoder_ffn pos_grid batch_size epochs".split()} | {    # of what, else of 1
+             "vision_width": ("vision_heads", 4), "text_width": ("text_heads",), "visual_rank": (16,),
+             "head_width": ("head_heads", 4), "image_size": ("patch_size",), "text_rank": (16,)}
 
 PRESETS = {                            # differences from the defaults, nothing else
     "tiny": dict(vision_width=128, vision_depth=4, vision_heads=4, patch_size=8, image_size=64, pos_grid=8,
@@ -155,19 +149,6 @@ def parse_config(argv: list[str] | None = None, saved: dict | None = None) -> Co
 
 
 # ---- image encoder: DINOv2 with registers (Oquab et al. 2023; Darcet et al. 2023), released names ----
-
-class VisionAttention(nn.Module):
-    """Self-attention over image tokens (B, S, C) with one fused table for query, key and value."""
-    def __init__(self, width: int, heads: int):
-        super().__init__()
-        self.heads = heads
-        self.qkv, self.proj = nn.Linear(width, 3 * width), nn.Linear(width, width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)   # 3 x (B, nh, S, hd)
-        return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
-
-
 class VisionBlock(nn.Module):
     """Pre-norm block in two halves: attend knows no words; update does where the block has an adapter."""
     def __init__(self, cfg: Config, adapted: bool):
@@ -255,7 +236,6 @@ class VisionTransformer(nn.Module):
 
 
 # ---- text encoder: CLIP's text transformer (Radford et al. 2021), released names ----
-
 class TextBlock(nn.Module):
     """Pre-norm block; the adapter reads the stream after attention, not normalised, as released."""
     def __init__(self, cfg: Config, adapted: bool):
@@ -299,7 +279,6 @@ class TextTransformer(nn.Module):
 
 
 # ---- head (paper, section 3.4; after CRIS and ETRIS) ----
-
 class Neck(nn.Module):
     """Cross-modal neck (Eq. 4). taps 3 x (B, C, h, w), sentence (B, D) -> (B, d, h, w)."""
     def __init__(self, cfg: Config):
@@ -406,12 +385,9 @@ class DCRIS(nn.Module):
         if config.method != "full":                       # freeze the encoders, then free what was put in
             self.vision.requires_grad_(False)
             self.text.requires_grad_(False)
-            for adapter in self.adapters():
-                adapter.requires_grad_(True)
-
-    def adapters(self) -> list[nn.Module]:
-        blocks = [*self.vision.blocks, *self.text.transformer["resblocks"]]
-        return [block.adapter for block in blocks if block.adapter is not None]
+            for module in self.modules():
+                if isinstance(module, (DenseCrossAdapter, TextAdapter, DenseTextAdapter)):
+                    module.requires_grad_(True)
 
     def forward(self, image: Tensor, tokens: Tensor, photo: Tensor | None = None) -> Tensor:
         if image.dtype == torch.uint8:
@@ -423,13 +399,10 @@ class DCRIS(nn.Module):
 
     def parameter_counts(self) -> dict[str, int]:
         """Parameters by part; `backbone` is the paper's sum, which leaves out the text position table."""
-        sizes = {name: p.numel() for name, p in self.named_parameters()}
-        count = lambda part, adapter: sum(n for name, n in sizes.items()
-                                          if name.startswith(part) and (".adapter." in name) == adapter)
-        counts = dict(adapters=count("", True), neck=count("neck.", False), decoder=count("decoder.", False),
-                      projector=count("projector.", False), vision=count("vision.", False),
-                      text=count("text.", False), trainable=sum(
-                          p.numel() for p in self.parameters() if p.requires_grad))
+        counts = dict.fromkeys(("adapters", "neck", "decoder", "projector", "trainable", "vision", "text"), 0)
+        for name, p in self.named_parameters():
+            counts["adapters" if ".adapter." in name else name.split(".")[0]] += p.numel()
+            counts["trainable"] += p.numel() * p.requires_grad
         table = self.text.positional_embedding.numel()
         return counts | dict(backbone=counts["vision"] + counts["text"] - table)
 

@@ -21,7 +21,6 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.distributed.nn
-from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parallel import DistributedDataParallel
@@ -29,7 +28,7 @@ from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
 
 from data import Dataset, cache_photos, letterbox_mask, open_dataset
-from evaluate import collate, draw_panels, evaluate, pick_device, save_image, table, tokenizer_for
+from evaluate import collate, draw_curves, draw_panels, evaluate, pick_device, table, tokenizer_for
 from model import DCRIS, Config, contrastive_loss, parse_config
 from weights import load_encoders, load_trained, read_checkpoint, save_checkpoint
 
@@ -150,42 +149,6 @@ class TrainBatches(torch.utils.data.Dataset):
         batch = collate(self.dataset, pairs, self.tokenizer, cfg, share=self.dataset.per_photo > 1)
         masks = [letterbox_mask(self.dataset.mask(i), cfg.image_size, cfg.mask_rule) for i, _ in pairs]
         return batch | dict(mask=torch.from_numpy(np.stack(masks))[:, None])
-
-
-# ---- pictures of a run ----
-
-def draw_curves(log: Path, path: Path) -> None:
-    """PNG of a log.jsonl: training loss against steps, and mIoU on val against steps."""
-    lines = [json.loads(line) for line in log.read_text().splitlines()]
-    sheet = Image.new("RGB", (960, 400), "white")
-    plot(sheet, (70, 40, 460, 340), [(line["step"], line["loss"]) for line in lines if "loss" in line],
-         "training loss, nats per pixel")
-    plot(sheet, (550, 40, 940, 340), [(line["step"], 100 * line["mIoU"]) for line in lines if "mIoU" in line],
-         "mIoU on val, %")
-    save_image(sheet, path)
-
-
-def plot(sheet: Image.Image, box: tuple[int, ...], points: list[tuple[float, float]], title: str) -> None:
-    """One curve with axes into box (left, top, right, bottom); y starts at 0."""
-    draw, font, (left, top, right, bottom) = ImageDraw.Draw(sheet), ImageFont.load_default(13), box
-    draw.text((left, top - 24), title, "black", font)
-    draw.text((right, bottom + 26), "step", "gray", font, anchor="ra")
-    if not points:
-        return
-    x_top, y_top = max(x for x, _ in points) or 1, max(y for _, y in points) or 1
-    unit = 10 ** math.floor(math.log10(y_top / 2))
-    unit *= next(m for m in (1, 2, 5, 10) if y_top / (unit * m) <= 6)
-    for k in range(math.floor(y_top / unit) + 1):
-        y = bottom - k * unit / y_top * (bottom - top)
-        draw.line((left, y, right, y), "gainsboro")
-        draw.text((left - 6, y), f"{k * unit:g}", "gray", font, anchor="rm")
-    for k in range(5):
-        x = left + k / 4 * (right - left)
-        draw.text((x, bottom + 6), f"{k / 4 * x_top:.0f}", "gray", font, anchor="ma")
-    draw.line((left, top, left, bottom, right, bottom), "gray")
-    spots = [(left + x / x_top * (right - left), bottom - y / y_top * (bottom - top)) for x, y in points]
-    draw.line(spots, (40, 90, 200), 2, joint="curve")
-    draw.ellipse((spots[-1][0] - 3, spots[-1][1] - 3, spots[-1][0] + 3, spots[-1][1] + 3), fill=(40, 90, 200))
 
 
 # ---- the run ----

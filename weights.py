@@ -48,10 +48,10 @@ FILES = {   # place below weights (*.zip: data) -> bytes or None, licence, folde
     "images/train2014.zip": (13_510_573_713, "Flickr's terms", ["http://images.cocodataset.org/zips/",
         "https://s3.amazonaws.com/images.cocodataset.org/zips/"], "0da8c0bd3d6becc4dcb32757491aca88"),
 }
+RELEASES = {"detris_b_" + f[5:-4]: [f, VOCABULARY] for f in FILES if f.startswith("base_")}  # the authors'
 NEEDS = {                              # what a person asks for -> its files
     **{f"dcris_{v}": [f"dinov2_vit{v}14_reg4_pretrain.pth", "ViT-B-16.pt", VOCABULARY] for v in "bsl"},
-    **{"detris_b_" + f[5:-4]: [f, VOCABULARY] for f in FILES if f.startswith("base_")},
-    **{f[:-4]: [f] for f in FILES if f.startswith("refcoco")}, "coco": ["images/train2014.zip"],
+    **RELEASES, **{f[:-4]: [f] for f in FILES if f.startswith("refcoco")}, "coco": ["images/train2014.zip"],
 }
 
 
@@ -115,9 +115,8 @@ def append(url: str, part, have: int, size: int | None) -> None:
         status, kind = reply.status_code, reply.headers.get("Content-Type", "")
         if status == 416:                                 # nothing beyond what is here: the hash will judge
             return
-        start, span = 0, f"bytes 0-/{reply.headers.get('Content-Length', size)}"      # if it ignores Range
-        if status == 206:
-            start, span = have, reply.headers.get("Content-Range", "")    # the rest, as asked
+        whole = f"bytes 0-/{reply.headers.get('Content-Length', size)}"   # if it ignores Range
+        start, span = (have, reply.headers.get("Content-Range", "")) if status == 206 else (0, whole)
         total = int((re.fullmatch(rf"bytes {start}-\d*/(\d+)", span) or [0, -1])[1])
         if status not in (200, 206) or "text/html" in kind or total < 0 or size not in (None, total):
             raise (requests.HTTPError if status == 429 or status >= 500 else ValueError)(
@@ -297,12 +296,15 @@ def save_checkpoint(path: str | Path, model: DCRIS, *, optimizer=None, step=0, b
 
 def read_checkpoint(path: str | Path) -> dict:
     """What save_checkpoint wrote, on the CPU, or an authors' file in that form; ValueError: neither."""
+    if fault(path, None):
+        raise FileNotFoundError(f"{path} is missing; run python train.py or name one of {' '.join(RELEASES)}")
     saved = read_tensors(path)
     if "neck.sentence.weight" in (state := from_detris(saved.get("state_dict", {}))):
         config = dict(detris_config(state), text_length=22 if "refcocog_u" in str(path) else 17)  # as trained
         return dict(config=config, model=state, optimizer=None, step=0, best=0.0, rng=None)
-    if saved.get("format") != "dcris 1":                  # counted up when old files no longer fit
-        raise ValueError(f"{path} is no checkpoint of ours or the authors: it holds {str([*saved])[:200]}")
+    known = saved.get("format") == "dcris 1"              # counted up when old files no longer fit
+    if odd := [*(saved["config"].keys() - vars(Config()).keys() if known else saved)]:
+        raise ValueError(f"{path} is no checkpoint that this version knows: it holds {str(odd)[:200]}")
     return saved
 
 
@@ -313,9 +315,8 @@ def load_trained(model: DCRIS, saved: dict) -> None:
 
 def load_model(path_or_name: str | Path, device: str = "cpu") -> DCRIS:
     """A model in eval mode, from our checkpoint, an authors' file, or a release's name (detris_b_refcoco)."""
-    path = Path(path_or_name)
-    if path.name in NEEDS and path.name.startswith("detris_"):
-        path = download(NEEDS[path.name][0])              # evaluate.py asks for the vocabulary
+    if (path := str(path_or_name)) in RELEASES:
+        path = download(RELEASES[path][0])                # evaluate.py asks for the vocabulary
     saved = read_checkpoint(path)
     model = DCRIS(Config(**saved["config"]))
     if released(model).keys() - saved["model"].keys():    # an authors' file has the encoders in it
