@@ -261,13 +261,14 @@ class TextTransformer(nn.Module):
         super().__init__()
         D = cfg.text_width
         self.token_embedding = nn.Embedding(cfg.vocab_size, D)
-        self.positional_embedding = nn.Parameter(0.01 * torch.randn(cfg.context, D))
+        # differs: CLIP starts both tables at 0.02 and 0.01, too faint to learn words from nothing in minutes
+        self.positional_embedding = nn.Parameter(0.2 * torch.randn(cfg.context, D))
         blocks = nn.ModuleList(TextBlock(cfg, i in cfg.text_layers) for i in range(cfg.text_depth))
         self.transformer = nn.ModuleDict({"resblocks": blocks})            # so that the released names fit
         self.ln_final = nn.LayerNorm(D)
         self.text_projection = nn.Parameter(D ** -0.5 * torch.randn(D, D))
         self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)), requires_grad=False)   # never read
-        nn.init.normal_(self.token_embedding.weight, std=0.02)
+        nn.init.normal_(self.token_embedding.weight, std=0.5)
 
     def forward(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         x = self.token_embedding(tokens) + self.positional_embedding[:tokens.shape[1]]

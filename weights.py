@@ -188,8 +188,7 @@ def read_tensors(path: str | Path) -> dict:
                 raise ValueError("it is compressed, which torch never does")
             if len(kept) == len(archive.infolist()):      # no code: torch.save wrote it
                 return dict(torch.load(path, map_location="cpu", weights_only=True, mmap=True))
-            # TorchScript: torch.jit, deprecated, would compile its code; a copy without that is read instead.
-            with zipfile.ZipFile(copy := io.BytesIO(), "w") as plain:
+            with zipfile.ZipFile(copy := io.BytesIO(), "w") as plain:     # torch.jit would compile the code
                 for member in kept:
                     plain.writestr(member.filename, archive.read(member))         # checks the CRC
         copy.seek(0)
@@ -302,9 +301,10 @@ def read_checkpoint(path: str | Path) -> dict:
     if "neck.sentence.weight" in (state := from_detris(saved.get("state_dict", {}))):
         config = dict(detris_config(state), text_length=22 if "refcocog_u" in str(path) else 17)  # as trained
         return dict(config=config, model=state, optimizer=None, step=0, best=0.0, rng=None)
-    known = saved.get("format") == "dcris 1"              # counted up when old files no longer fit
-    if odd := [*(saved["config"].keys() - vars(Config()).keys() if known else saved)]:
-        raise ValueError(f"{path} is no checkpoint that this version knows: it holds {str(odd)[:200]}")
+    if saved.get("format") != "dcris 1":                  # counted up when old files no longer fit
+        raise ValueError(f"{path} is no checkpoint of ours or the authors: it holds {str([*saved])[:200]}")
+    if unknown := saved["config"].keys() - vars(Config()).keys():
+        raise ValueError(f"{path} is of another version: Config has no {' '.join(sorted(unknown))}")
     return saved
 
 
@@ -315,8 +315,7 @@ def load_trained(model: DCRIS, saved: dict) -> None:
 
 def load_model(path_or_name: str | Path, device: str = "cpu") -> DCRIS:
     """A model in eval mode, from our checkpoint, an authors' file, or a release's name (detris_b_refcoco)."""
-    if (path := str(path_or_name)) in RELEASES:
-        path = download(RELEASES[path][0])                # evaluate.py asks for the vocabulary
+    path = download(RELEASES[path_or_name][0]) if path_or_name in RELEASES else path_or_name
     saved = read_checkpoint(path)
     model = DCRIS(Config(**saved["config"]))
     if released(model).keys() - saved["model"].keys():    # an authors' file has the encoders in it
