@@ -234,16 +234,23 @@ def main(argv: list[str] | None = None) -> None:
     batches = TrainBatches(train_set, cfg, rank, world)
     epoch_ends = [math.ceil(e * len(train_set) / cfg.batch_size) for e in range(1, cfg.epochs + 1)]
     total, step, best = epoch_ends[-1], 0, -1.0
-    if saved:
+    if saved and saved["optimizer"]:                      # the authors' files come without one: a fresh start
         optimizer.load_state_dict(saved["optimizer"])
         step, best = saved["step"], saved["best"]
+    if step >= total:
+        raise ValueError(f"{cfg.resume} is at step {step} of {total}: nothing left; raise --epochs to go on")
     loader = iter(DataLoader(batches, batch_size=None, sampler=range(step, total), num_workers=cfg.workers,
                              pin_memory=device.type == "cuda", prefetch_factor=4 if cfg.workers else None))
-    if saved:
+    if step:
         torch.set_rng_state(saved["rng"])                 # after the loader, which draws a number of its own
     out = Path(cfg.out)
     out.mkdir(parents=True, exist_ok=True)
-    log = open(out / "log.jsonl", "a" if saved else "w") if rank == 0 else open(os.devnull, "w")
+    log = open(out / "log.jsonl" if rank == 0 else os.devnull, "a+")
+    log.seek(0)
+    kept = [line for line in log if json.loads(line)["step"] <= step]      # a killed run may have gone on
+    log.truncate(0)
+    log.writelines(kept if step else [])
+    live = sys.stdout.isatty()                            # a terminal: one line, written over and over
     say(f"{cfg.dataset}: {len(train_set)} objects an epoch, {total - step} steps of {cfg.batch_size} pairs "
         f"over {world} process{'es' * (world > 1)} on {device}; {len(val_set)} objects to validate on")
 
@@ -267,18 +274,18 @@ def main(argv: list[str] | None = None) -> None:
             epoch = min(step * cfg.batch_size / len(train_set), cfg.epochs)
             rate = (step - first) * cfg.batch_size / (time.time() - started)
             left = (total - step) * cfg.batch_size / rate
-            say(f"\repoch {epoch:5.2f}/{cfg.epochs}  step {step}/{total}  loss {mean.item():.4f}  "
+            say(f"epoch {epoch:5.2f}/{cfg.epochs}  step {step}/{total}  loss {mean.item():.4f}  "
                 f"lr {lr:.1e}  gradient {norm.item():.2f}  {rate:.0f} samples/s  "
-                f"{left // 60:.0f}:{left % 60:02.0f} left ",
-                end="" if sys.stdout.isatty() else "\n", flush=True)
+                f"{left // 60:.0f}:{left % 60:02.0f} left", end="   \r" if live else "\n", flush=True)
             line = dict(step=step, epoch=round(epoch, 4), loss=mean.item(), lr=lr, norm=norm.item())
             print(json.dumps(line), file=log, flush=True)
         if step in epoch_ends:
             keep = [] if step == total and rank == 0 else None
             scores = evaluate(raw, val_set, workers=cfg.workers, rank=rank, world=world, keep=keep)
             improved, best = scores["mIoU"] > best, max(best, scores["mIoU"])
-            say(f"\nval after epoch {epoch_ends.index(step) + 1}: mIoU {100 * scores['mIoU']:.2f}, "
-                f"oIoU {100 * scores['oIoU']:.2f}" + ", the best so far" * improved, flush=True)
+            say("\n" * live + f"val after epoch {epoch_ends.index(step) + 1}: "
+                f"mIoU {100 * scores['mIoU']:.2f}, oIoU {100 * scores['oIoU']:.2f}"
+                + ", the best so far" * improved, flush=True)
             print(json.dumps(dict(step=step, **scores)), file=log, flush=True)
             if rank == 0:
                 state = dict(optimizer=optimizer, step=step, best=best, rng=torch.get_rng_state())
