@@ -32,7 +32,7 @@ from evaluate import collate, draw_curves, draw_panels, evaluate, pick_device, t
 from model import DCRIS, Config, contrastive_loss, parse_config
 from weights import load_encoders, load_trained, read_checkpoint, save_checkpoint
 
-LOG_EVERY = 20                                            # steps
+LOG_EVERY = 25                                            # steps
 
 
 def lr_factor(cfg: Config, done: float) -> float:
@@ -212,9 +212,7 @@ def main(argv: list[str] | None = None) -> None:
     say = print if rank == 0 else lambda *_, **__: None
     torch.manual_seed(cfg.seed)
     raw = DCRIS(cfg)
-    load_encoders(raw)
-    if saved:
-        load_trained(raw, saved)
+    load_trained(raw, saved) if saved else load_encoders(raw)
     raw = share_batchnorm(raw, device) if world > 1 else raw
     raw.to(device).train()
     counts = raw.parameter_counts()

@@ -309,7 +309,9 @@ def read_checkpoint(path: str | Path) -> dict:
 
 
 def load_trained(model: DCRIS, saved: dict) -> None:
-    """What a checkpoint holds into a model whose encoders are loaded."""
+    """What a checkpoint holds, over the released encoders where it leaves them out."""
+    if released(model).keys() - saved["model"].keys():    # an authors' file has the encoders in it
+        load_encoders(model)
     load_checked(model, released(model) | saved["model"])
 
 
@@ -318,8 +320,6 @@ def load_model(path_or_name: str | Path, device: str = "cpu") -> DCRIS:
     path = download(RELEASES[path_or_name][0]) if path_or_name in RELEASES else path_or_name
     saved = read_checkpoint(path)
     model = DCRIS(Config(**saved["config"]))
-    if released(model).keys() - saved["model"].keys():    # an authors' file has the encoders in it
-        load_encoders(model)
     load_trained(model, saved)
     return model.to(device).eval()                        # dropout off, BatchNorm by its averages
 
