@@ -243,11 +243,10 @@ def main(argv: list[str] | None = None) -> None:
         torch.set_rng_state(saved["rng"])                 # after the loader, which draws a number of its own
     out = Path(cfg.out)
     out.mkdir(parents=True, exist_ok=True)
-    log = open(out / "log.jsonl" if rank == 0 else os.devnull, "a+")
-    log.seek(0)
-    kept = [line for line in log if json.loads(line)["step"] <= step]      # a killed run may have gone on
-    log.truncate(0)
-    log.writelines(kept if step else [])
+    path = out / "log.jsonl"
+    lines = path.read_text().splitlines(True) if rank == 0 and step and path.exists() else []
+    log = open(path if rank == 0 else os.devnull, "w")
+    log.writelines(line for line in lines if json.loads(line)["step"] <= step)     # a killed run went on
     live = sys.stdout.isatty()                            # a terminal: one line, written over and over
     say(f"{cfg.dataset}: {len(train_set)} objects an epoch, {total - step} steps of {cfg.batch_size} pairs "
         f"over {world} process{'es' * (world > 1)} on {device}; {len(val_set)} objects to validate on")
