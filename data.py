@@ -450,7 +450,7 @@ KINDS = {                                                 # outline: corners, ha
     "circle": (40, 1.0, 1.0), "square": (4, 1.25, 1.25), "bar": (4, 1.65, 0.75), "pillar": (4, 0.75, 1.65)}
 COLOURS = {"red": (208, 52, 44), "green": (52, 158, 72), "blue": (48, 92, 200), "yellow": (236, 190, 40)}
 SIZES = {"small": 0.11, "big": 0.17}                      # radius, share of the scene's side
-SHAPES = {"train": 9000, "val": 1000, "testA": 1000, "testB": 1000}     # phrases; train: an epoch's worth
+SHAPES = {"train": 10000, "val": 1000, "testA": 1000, "testB": 1000}     # phrases; train: an epoch's worth
 MARGIN = 0.05                                             # what a phrase compares differs by this at least
 RELATIONS = {"left of": (0, -1), "right of": (0, 1), "above": (1, -1), "below": (1, 1)}   # (axis, direction)
 ENDS = {(0, 1): ("leftmost {}", "{} from the left"), (0, -1): ("rightmost {}", "{} from the right"),
