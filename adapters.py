@@ -12,6 +12,8 @@ import math
 from collections import OrderedDict
 
 import torch
+import torch.distributed as dist
+import torch.distributed.nn as dist_nn
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -98,6 +100,43 @@ class ConvBN(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return F.relu(self.bn(self.conv(x)))
+
+
+class SharedBatchNorm(nn.modules.batchnorm._BatchNorm):
+    """BatchNorm over the batch of all processes, for CPUs, where torch's SyncBatchNorm does not run.
+
+    Each process must hold equally many samples, as TrainBatches sees to.
+    """
+
+    def _check_input_dim(self, x: Tensor) -> None:
+        """Of torch's base class; any (B, C, ...) will do."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training:
+            return super().forward(x)
+        axes = [0, *range(2, x.dim())]
+        wide = x.float()
+        moments = torch.stack([wide.mean(axes), wide.square().mean(axes)])     # (2, C)
+        mean, square = dist_nn.all_reduce(moments) / dist.get_world_size()
+        var = square - mean.square()
+        count = x.numel() // x.shape[1] * dist.get_world_size()
+        with torch.no_grad():
+            self.num_batches_tracked += 1
+            self.running_mean.lerp_(mean, self.momentum)
+            self.running_var.lerp_(var * count / (count - 1), self.momentum)
+        shape = [1, -1] + [1] * (x.dim() - 2)
+        scale = self.weight * torch.rsqrt(var + self.eps)
+        return (wide * scale.view(shape) + (self.bias - mean * scale).view(shape)).to(x.dtype)
+
+
+def share_batchnorm(model: nn.Module, device: torch.device) -> nn.Module:
+    """Make every BatchNorm see all processes' samples: torch's own on CUDA, ours elsewhere."""
+    if device.type == "cuda":
+        return nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.__class__ = SharedBatchNorm            # same parameters and buffers, other forward
+    return model
 
 
 class DenseBranches(nn.Module):

@@ -14,7 +14,6 @@ import math
 import os
 import pickle
 import re
-import time
 import unicodedata
 import zipfile
 import zlib
@@ -129,8 +128,7 @@ def merge(word: list[str], ranks: dict) -> list[str]:
 # ---- photos and masks ----
 def fit(width: int, height: int, size: int) -> tuple[int, int, int, int]:
     """Where a photo lies in its square under the aligned rule, whole pixels: (left, top, width, height)."""
-    scale = min(size / width, size / height)
-    w, h = max(1, round(width * scale)), max(1, round(height * scale))
+    w, h = (max(1, round(n * min(size / width, size / height))) for n in (width, height))
     return (size - w) // 2, (size - h) // 2, w, h
 
 
@@ -306,7 +304,6 @@ class Dataset:
 
 class PlainUnpickler(pickle.Unpickler):
     """Builds lists, dicts, strings and numbers, which is all that RefCOCO's files hold, and runs no code."""
-
     def find_class(self, module, name):
         raise pickle.UnpicklingError(f"it asks for {module}.{name}; RefCOCO's files hold plain data only")
 
@@ -352,8 +349,8 @@ def zipped_photos(root: Path) -> dict:
     folder, places = root / "images" / "train2014", {}
     for path in filter(Path.is_file, (root / "train2014.zip", root / "images" / "train2014.zip")):
         for m in read_file(path, lambda f: zipfile.ZipFile(f).infolist(), "run python weights.py coco"):
-            place = str(path), m.header_offset, m.compress_size, m.compress_type
-            places[os.path.basename(m.filename)] = place
+            places[os.path.basename(m.filename)] = (str(path), m.header_offset, m.compress_size,
+                                                    m.compress_type)
     unpacked = set(os.listdir(folder)) if folder.is_dir() else set()
     return {name: place for name, place in places.items() if name not in unpacked}
 
@@ -412,40 +409,7 @@ def mix_records(root: str | Path, leaky: bool) -> list[dict]:
     return kept
 
 
-def cache_photos(dataset: Dataset, folder: str | Path, size: int, rule: str = "aligned") -> None:
-    """Lets dataset.square read from one file in `folder`, which is built now unless it is there.
-
-    Photos are appended to NAME.part, so a killed run goes on where it stopped, and a complete file alone gets
-    its name, which tells size, rule and photos. A second process waits for the first.
-    """
-    import fcntl                   # its lock ends with its process, however that ends; Windows has none
-    if dataset.endless:
-        raise ValueError(f"{dataset.name} {dataset.split} never repeats a photo: leave the cache out")
-    keys = {}                      # photo -> its row in the file
-    rows = np.array([keys.setdefault(dataset.photo_key(i), len(keys)) for i in range(len(dataset))])
-    first, n = np.unique(rows, return_index=True)[1], size * size * 3
-    mark = f"{size}-{rule}-{len(keys)}-{zlib.crc32(repr(list(keys)).encode()):08x}"
-    path = Path(folder) / f"{Path(dataset.name).stem}-{dataset.split}-{mark}.u8"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(f"{path}.lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not path.exists() or path.stat().st_size != len(keys) * n:
-            with open(f"{path}.part", "ab") as part:
-                start, begin = time.time(), part.tell() // n
-                part.truncate(begin * n)           # a photo that was cut off
-                for k in range(begin, len(keys)):
-                    part.write(dataset.square(first[k], size, rule).tobytes())
-                    if k % 500 == 499:
-                        left = (time.time() - start) / (k + 1 - begin) * (len(keys) - k - 1)
-                        print(f"{path}: {k + 1:,} of {len(keys):,}, {left / 60:.1f} min left", flush=True)
-                part.flush()
-                os.fsync(part.fileno())
-            os.replace(part.name, path)
-    dataset.cache = (path, rows, size, rule)
-
-
 # ---- shapes: rendered scenes with phrases that need language; no file, no network ----
-
 KINDS = {                                                 # outline: corners, half width, half height
     "circle": (40, 1.0, 1.0), "square": (4, 1.25, 1.25), "bar": (4, 1.65, 0.75), "pillar": (4, 0.75, 1.65)}
 COLOURS = {"red": (208, 52, 44), "green": (52, 158, 72), "blue": (48, 92, 200), "yellow": (236, 190, 40)}
@@ -455,8 +419,6 @@ MARGIN = 0.05                                             # what a phrase compar
 RELATIONS = {"left of": (0, -1), "right of": (0, 1), "above": (1, -1), "below": (1, 1)}   # (axis, direction)
 ENDS = {(0, 1): ("leftmost {}", "{} from the left"), (0, -1): ("rightmost {}", "{} from the right"),
         (1, 1): ("top {}", "{} from the top"), (1, -1): ("bottom {}", "{} from the bottom")}
-
-
 Thing = namedtuple("Thing", "kind colour size x y radius angle")       # shares of the side; radians
 
 
@@ -501,11 +463,9 @@ class Shapes(Dataset):
     def __init__(self, split: str, seed: int = 0):
         if split not in SHAPES:
             raise ValueError(f"shapes has no split {split}; it has {' '.join(SHAPES)}")
-        self.name, self.split, self.endless = "shapes", split, split == "train"
-        self.seed = (seed if self.endless else 0, list(SHAPES).index(split))
-
-    def __len__(self) -> int:
-        return SHAPES[self.split]
+        self.name, self.split, self.ends = "shapes", split, range(SHAPES[split] + 1)
+        self.endless = split == "train"
+        self.seed = (seed * self.endless, list(SHAPES).index(split))
 
     @functools.lru_cache(maxsize=64)                      # four phrases ask for each scene, one after another
     def scene(self, k: int) -> tuple[list[Thing], list[tuple[int, str, str]]]:
@@ -526,11 +486,10 @@ class Shapes(Dataset):
         return things, chosen
 
     def record(self, i: int) -> dict:
-        k, j = divmod(i, self.per_photo)
-        things, chosen = self.scene(k)
-        meant, phrase, kind = chosen[j]
-        return dict(id=f"shapes/{self.split} {i}", key=k, sentences=[phrase], kinds=[kind],
-                    thing=things[meant])
+        things, chosen = self.scene(i // self.per_photo)
+        meant, phrase, kind = chosen[i % self.per_photo]
+        return dict(id=f"shapes/{self.split} {i}", key=i // self.per_photo, sentences=[phrase],
+                    kinds=[kind], thing=things[meant])
 
     def photo(self, i: int) -> Image.Image:
         k = i // self.per_photo
@@ -561,12 +520,10 @@ def scatter(rng: np.random.Generator) -> list[Thing]:
 def outline(thing: Thing, side: float) -> list[tuple[float, float]]:
     """The polygon in pixels of a scene of that side, turned by the thing's angle."""
     count, width, height = KINDS[thing.kind]
-    turn, points = complex(math.cos(thing.angle), math.sin(thing.angle)), []
-    for k in range(count):
-        around = (2 * k + 1) * math.pi / count
-        point = turn * thing.radius * complex(width * math.cos(around), height * math.sin(around))
-        points.append((side * (thing.x + point.real), side * (thing.y + point.imag)))
-    return points
+    turn = side * thing.radius * complex(math.cos(thing.angle), math.sin(thing.angle))
+    around = ((2 * k + 1) * math.pi / count for k in range(count))
+    arms = [turn * complex(width * math.cos(a), height * math.sin(a)) for a in around]
+    return [(side * thing.x + arm.real, side * thing.y + arm.imag) for arm in arms]
 
 
 def render(things: list[Thing], side: int, rng: np.random.Generator) -> Image.Image:
@@ -589,10 +546,7 @@ def render(things: list[Thing], side: int, rng: np.random.Generator) -> Image.Im
 
 def open_dataset(name: str, split: str, root: str | Path = "data", seed: int = 0,
                  mix_leaky: bool = False) -> Dataset:
-    """One split of shapes, refcoco, refcoco+, refcocog_umd, refcocog_google, mix or the path of a .jsonl.
-
-    mix: three training sets without any photo of their val and test (mix_leaky: with them); val is RefCOCO's.
-    """
+    """One split by name; mix: three training sets without photos of their val and test; val is RefCOCO's."""
     if name == "shapes":
         return Shapes(split, seed)
     if name.endswith(".jsonl"):

@@ -316,8 +316,7 @@ def test_shapes_phrases_mean_exactly_one_thing():
             kinds.append("order" if kind in ("position", "ordinal") else kind)
         assert {kind: kinds.count(kind) for kind in kinds} == expected
     looks = lambda split, seed: (Shapes(split, seed).sentences(9), Shapes(split, seed).photo(9).tobytes())
-    assert looks("val", 1) == looks("val", 2) and looks("train", 1) == looks("train", 1)  # val never changes
-    assert all(one != two for one, two in zip(looks("train", 1), looks("train", 2)))
+    assert looks("val", 1) == looks("val", 2) and looks("train", 1) == looks("train", 1) != looks("train", 2)
 
 
 def test_every_object_is_trained_on_once_an_epoch_and_every_sentence_scored_once():
@@ -336,6 +335,9 @@ def test_every_object_is_trained_on_once_an_epoch_and_every_sentence_scored_once
             batch, again = parts[1][3], train.TrainBatches(dataset, cfg, 1, 2)[3]
             assert all(torch.equal(batch[k], again[k]) for k in ("image", "tokens", "mask", "photo"))
             assert batch["image"].shape == (2, 3, 48, 48) and batch["mask"].shape == (8, 1, 48, 48)
+            for (i, _), k, mask in zip(parts[1].pairs(3), batch["photo"], batch["mask"]):
+                assert np.array_equal(batch["image"][k].permute(1, 2, 0), dataset.square(i, 48))
+                assert np.array_equal(mask[0], letterbox_mask(dataset.mask(i), 48))
             scored = [EvalBatches(dataset, cfg, 5, rank, 2, shuffle=True) for rank in (0, 1)]
             assert sorted(row for part in scored for batch in part for row in batch["rows"]) == [*range(24)]
             assert sorted(scored[0].words) == scored[0].pairs == [(i, 0) for i in range(24)]
@@ -499,7 +501,6 @@ def test_refcoco_reads_alike_from_folder_zip_and_workers():
     os.remove(root / "images/train2014/COCO_train2014_000000000003.jpg")
     raises(FileNotFoundError, "000003.jpg coco", lambda: plain.photo(2))
     raises(ValueError, "testC testB .jsonl shapes", lambda: opened(split="testC"))
-    raises(ValueError, "coco refcoco+ mix", lambda: opened("coco"))
     raises(FileNotFoundError, "refs(unc).p weights.py", lambda: opened(root=root / "images"))
     for counts, fits in (((6, 102), True), ((6, 103), False), ((5, 102), False), ((500, 900), True)):
         with patch.dict(data.REFCOCO["refcoco"], train=counts):        # a mini set may have any counts
@@ -564,7 +565,7 @@ def test_cache_survives_kills_and_equals_the_photos():
     """Two builders at once, kill -9 at ten moments, half a photo: each decoded once, every square right."""
     dataset, folder, decoded = open_dataset("mix", "train", make_refcoco(), mix_leaky=True), new_folder(), []
     squares = {size: [dataset.square(i, size) for i in range(18)] for size in (32, 48, 64)}
-    photo, cache = dataset.photo, lambda size: data.cache_photos(dataset, folder, size)
+    photo, cache = dataset.photo, lambda size: train.cache_photos(dataset, folder, size)
     dataset.photo = lambda i: (time.sleep(0.02), decoded.append(i), photo(i))[2]
     assert not any(os.waitpid(pid, 0)[1] for pid in [forked(lambda: cache(32)) for _ in range(2)])
     for _ in range(10):
@@ -761,7 +762,7 @@ def test_checkpoint_leaves_released_encoders_out():
 # ---- training, evaluation and the command lines ----
 def few(**changes) -> list[str]:
     """Flags of a run of seconds on make_refcoco: six objects to train on, 34 sentences to score."""
-    flags = SMALL | dict(dataset="refcoco", batch_size=4, workers=0, epochs=4) | changes
+    flags = SMALL | dict(dataset="refcoco", batch_size=4, workers=0, epochs=4, device="cpu") | changes
     return [word for name, value in flags.items() for word in (
         [f"--{'no-' * (not value)}{name}"] if isinstance(value, bool) else
         [f"--{name}", *map(str, value if isinstance(value, tuple) else [value])])]
@@ -769,7 +770,7 @@ def few(**changes) -> list[str]:
 
 def run(*command, expect: int = 0) -> str:                 # what it printed
     done = subprocess.run([sys.executable, *map(str, command)], cwd=HERE, capture_output=True, text=True,
-                          timeout=600, env=os.environ | dict(OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES=""))
+                          timeout=300, env=os.environ | dict(OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES=""))
     assert done.returncode == expect and "Traceback" not in done.stderr, f"{done.stdout}\n{done.stderr}"
     return done.stdout + done.stderr
 
@@ -782,8 +783,7 @@ def test_train_and_evaluate_write_what_they_promise():
     """One run and both uses of evaluate.py, as a user calls them; then a user's mistakes, one line each."""
     root, out = make_refcoco(), new_folder()
     best, photo = out / "best.pt", root / "images/train2014/COCO_train2014_000000000000.jpg"
-    said = run("train.py", *few(data_root=root, out=out))
-    assert "parameters: adapters" in said and "val after epoch 4" in said
+    assert "val after epoch 4: mIoU" in run("train.py", *few(data_root=root, out=out))
     assert {x.name for x in out.iterdir()} == {"last.pt", "best.pt", "log.jsonl", "curves.png", "panels.png"}
     validated = {line["step"]: line["mIoU"] for line in log_of(out) if "mIoU" in line}
     assert list(validated) == [2, 3, 5, 6]

@@ -15,19 +15,20 @@ import os
 import platform
 import sys
 import time
+import zlib
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
-import torch.distributed.nn
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
 
-from data import Dataset, cache_photos, letterbox_mask, open_dataset
+from adapters import share_batchnorm
+from data import Dataset, letterbox_mask, open_dataset
 from evaluate import collate, draw_curves, draw_panels, evaluate, pick_device, table, tokenizer_for
 from model import DCRIS, Config, contrastive_loss, parse_config
 from weights import load_encoders, load_trained, read_checkpoint, save_checkpoint
@@ -42,43 +43,6 @@ def lr_factor(cfg: Config, done: float) -> float:
     if cfg.schedule == "cosine":
         return 0.5 + 0.5 * math.cos(math.pi * (done - cfg.warmup) / (1 - cfg.warmup))
     return 0.1 ** sum(done * cfg.epochs >= epoch for epoch in cfg.lr_steps)
-
-
-class SharedBatchNorm(nn.modules.batchnorm._BatchNorm):
-    """BatchNorm over the batch of all processes, for CPUs, where torch's SyncBatchNorm does not run.
-
-    Each process must hold equally many samples, as TrainBatches sees to.
-    """
-
-    def _check_input_dim(self, x: Tensor) -> None:
-        """Of torch's base class; any (B, C, ...) will do."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        if not self.training:
-            return super().forward(x)
-        axes = [0, *range(2, x.dim())]
-        wide = x.float()
-        moments = torch.stack([wide.mean(axes), wide.square().mean(axes)])     # (2, C)
-        mean, square = torch.distributed.nn.all_reduce(moments) / dist.get_world_size()
-        var = square - mean.square()
-        count = x.numel() // x.shape[1] * dist.get_world_size()
-        with torch.no_grad():
-            self.num_batches_tracked += 1
-            self.running_mean.lerp_(mean, self.momentum)
-            self.running_var.lerp_(var * count / (count - 1), self.momentum)
-        shape = [1, -1] + [1] * (x.dim() - 2)
-        scale = self.weight * torch.rsqrt(var + self.eps)
-        return (wide * scale.view(shape) + (self.bias - mean * scale).view(shape)).to(x.dtype)
-
-
-def share_batchnorm(model: nn.Module, device: torch.device) -> nn.Module:
-    """Make every BatchNorm see all processes' samples: torch's own on CUDA, ours elsewhere."""
-    if device.type == "cuda":
-        return nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    for module in model.modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm):
-            module.__class__ = SharedBatchNorm            # same parameters and buffers, other forward
-    return model
 
 
 def start_processes(cfg: Config) -> tuple[int, int, torch.device]:
@@ -149,6 +113,38 @@ class TrainBatches(torch.utils.data.Dataset):
         batch = collate(self.dataset, pairs, self.tokenizer, cfg, share=self.dataset.per_photo > 1)
         masks = [letterbox_mask(self.dataset.mask(i), cfg.image_size, cfg.mask_rule) for i, _ in pairs]
         return batch | dict(mask=torch.from_numpy(np.stack(masks))[:, None])
+
+
+def cache_photos(dataset: Dataset, folder: str | Path, size: int, rule: str = "aligned") -> None:
+    """Lets dataset.square read from one file in `folder`, which is built now unless it is there.
+
+    Photos are appended to NAME.part, so a killed run goes on where it stopped, and a complete file alone gets
+    its name, which tells size, rule and photos. A second process waits for the first.
+    """
+    import fcntl                   # its lock ends with its process, however that ends; Windows has none
+    if dataset.endless:
+        raise ValueError(f"{dataset.name} {dataset.split} never repeats a photo: leave the cache out")
+    keys = {}                      # photo -> its row in the file
+    rows = np.array([keys.setdefault(dataset.photo_key(i), len(keys)) for i in range(len(dataset))])
+    first, n = np.unique(rows, return_index=True)[1], size * size * 3
+    mark = f"{size}-{rule}-{len(keys)}-{zlib.crc32(repr(list(keys)).encode()):08x}"
+    path = Path(folder) / f"{Path(dataset.name).stem}-{dataset.split}-{mark}.u8"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(f"{path}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not path.exists() or path.stat().st_size != len(keys) * n:
+            with open(f"{path}.part", "ab") as part:
+                start, begin = time.time(), part.tell() // n
+                part.truncate(begin * n)           # a photo that was cut off
+                for k in range(begin, len(keys)):
+                    part.write(dataset.square(first[k], size, rule).tobytes())
+                    if k % 500 == 499:
+                        left = (time.time() - start) / (k + 1 - begin) * (len(keys) - k - 1)
+                        print(f"{path}: {k + 1:,} of {len(keys):,}, {left / 60:.1f} min left", flush=True)
+                part.flush()
+                os.fsync(part.fileno())
+            os.replace(part.name, path)
+    dataset.cache = (path, rows, size, rule)
 
 
 # ---- the run ----
@@ -286,9 +282,9 @@ def main(argv: list[str] | None = None) -> None:
             print(json.dumps(dict(step=step, **scores)), file=log, flush=True)
             if rank == 0:
                 state = dict(optimizer=optimizer, step=step, best=best, rng=torch.get_rng_state())
-                save_checkpoint(out / "last.pt", raw, **state)
-                if improved:
+                if improved:                              # first, since last.pt holds the new best
                     save_checkpoint(out / "best.pt", raw, step=step, best=best)
+                save_checkpoint(out / "last.pt", raw, **state)
     if rank == 0:
         draw_curves(out / "log.jsonl", out / "curves.png")
         draw_panels(keep[:6], val_set, out / "panels.png")
@@ -296,6 +292,7 @@ def main(argv: list[str] | None = None) -> None:
         print(f"done in {(time.time() - started) / 60:.1f} min: {out}/best.pt, mIoU {100 * best:.2f} on val; "
               f"look at {out}/panels.png and {out}/curves.png")
     if world > 1:
+        dist.barrier()                                    # gloo may hang where one leaves early
         dist.destroy_process_group()
 
 
