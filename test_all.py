@@ -34,7 +34,7 @@ from torch.utils._pytree import tree_leaves
 import data
 import train
 import weights
-from adapters import Attention
+from adapters import Attention, DenseCrossAdapter, DenseTextAdapter
 from data import Shapes, Tokenizer, letterbox, letterbox_mask, open_dataset, open_image, segmentation_to_mask
 from evaluate import EvalBatches, evaluate, metrics, restore_masks, restore_probabilities
 from model import PRESETS, DCRIS, Config, TextTransformer, VisionTransformer, contrastive_loss, parse_config
@@ -132,6 +132,26 @@ def test_encoders_equal_the_originals():
         (_, sentence), (first, _) = text(g["tokens"]), text(g["tokens"][:, :17])
     close(sentence, g["encode_text"], 1e-5)
     close(first, g["ln_final_all_tokens_first17"], 1e-5, "what comes later cannot be seen")
+
+
+def test_adapters_equal_the_original():
+    """DenseCrossAdapter and the release's text adapter alone: outputs, gradients, BatchNorm statistics."""
+    for name, adapter in (("dense_aligner", DenseCrossAdapter(64, 32, 512, 0.0)),
+                          ("text_adapter", DenseTextAdapter(512, 16))):
+        g = golden(name)
+        ours = lambda part: {k.removeprefix("x."): v for k, v in weights.from_detris(
+            {f"x.{k}": v for k, v in part.items()}).items()}
+        adapter.load_state_dict(ours(g["state_dict"]))
+        inputs = [x.clone().requires_grad_() for x in g["inputs"]]
+        call = (*inputs, (8, 8)) if len(inputs) == 2 else inputs
+        close(adapter.eval()(*call), g["output_eval"], 1e-5, name)
+        close(out := adapter.train()(*call), g["output_train"], 1e-5, name)
+        (out * torch.linspace(-1, 1, out.numel()).view(out.shape)).sum().backward()
+        for x, grad in zip(inputs, g["grad_inputs"]):
+            close(x.grad, grad, 1e-4, name)
+        now = {k: p.grad for k, p in adapter.named_parameters()} | dict(adapter.named_buffers())
+        for k, v in (ours(g["grad_params"]) | ours(g["buffers_after"])).items():
+            close(now[k], v, 1e-4 * max(1, v.abs().max().item()), k)
 
 
 def golden_tiny() -> tuple[DCRIS, dict]:
