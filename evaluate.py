@@ -48,7 +48,7 @@ def pick_device(name: str) -> torch.device:
 
 def collate(dataset: Dataset, pairs: list[tuple[int, int]], tokenizer: Tokenizer, cfg: Config,
             share: bool) -> dict:
-    """(object, sentence) pairs as tensors: image uint8 (P, 3, size, size), tokens (B, L), ids [B].
+    """(object, sentence) pairs as tensors: image uint8 (P, 3, size, size), tokens (B, L).
 
     share: a photo that pairs have in common is there once, and photo (B,) names each pair's row of image.
     Without share P = B and photo is None, so that shapes never change from batch to batch.
@@ -59,8 +59,7 @@ def collate(dataset: Dataset, pairs: list[tuple[int, int]], tokenizer: Tokenizer
     squares = [dataset.square(pairs[k][0], cfg.image_size, cfg.mask_rule) for k in first.values()]
     image = torch.from_numpy(np.stack(squares)).permute(0, 3, 1, 2).contiguous()      # (P, 3, size, size)
     return dict(image=image, photo=torch.tensor(photo) if share else None,
-                tokens=tokenizer([dataset.sentences(i)[k] for i, k in pairs], cfg.text_length),
-                ids=[f"{dataset.object_id(i)} sentence {k}" for i, k in pairs])
+                tokens=tokenizer([dataset.sentences(i)[k] for i, k in pairs], cfg.text_length))
 
 
 class EvalBatches(torch.utils.data.Dataset):
