@@ -105,28 +105,16 @@ class ConvBN(nn.Module):
 class SharedBatchNorm(nn.modules.batchnorm._BatchNorm):
     """BatchNorm over the batch of all processes, for CPUs, where torch's SyncBatchNorm does not run.
 
-    Each process must hold equally many samples, as TrainBatches sees to.
+    Each process gathers all samples, which must be equally many, normalises them and keeps its own.
     """
-
     def _check_input_dim(self, x: Tensor) -> None:
         """Of torch's base class; any (B, C, ...) will do."""
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.training:
             return super().forward(x)
-        axes = [0, *range(2, x.dim())]
-        wide = x.float()
-        moments = torch.stack([wide.mean(axes), wide.square().mean(axes)])     # (2, C)
-        mean, square = dist_nn.all_reduce(moments) / dist.get_world_size()
-        var = square - mean.square()
-        count = x.numel() // x.shape[1] * dist.get_world_size()
-        with torch.no_grad():
-            self.num_batches_tracked += 1
-            self.running_mean.lerp_(mean, self.momentum)
-            self.running_var.lerp_(var * count / (count - 1), self.momentum)
-        shape = [1, -1] + [1] * (x.dim() - 2)
-        scale = self.weight * torch.rsqrt(var + self.eps)
-        return (wide * scale.view(shape) + (self.bias - mean * scale).view(shape)).to(x.dtype)
+        everyone = super().forward(torch.cat(dist_nn.all_gather(x.contiguous())))
+        return everyone.chunk(dist.get_world_size())[dist.get_rank()]
 
 
 def share_batchnorm(model: nn.Module, device: torch.device) -> nn.Module:

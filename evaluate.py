@@ -5,6 +5,7 @@
     python evaluate.py --image photo.jpg --text "left piece slice"     one photo of your own
 """
 import argparse
+import contextlib
 import json
 import math
 import sys
@@ -17,6 +18,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image, ImageChops, ImageDraw, ImageFilter, ImageFont, ImageOps
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from data import Dataset, Tokenizer, fit, letterbox, open_dataset, open_image
 from model import DCRIS, Config
@@ -42,6 +44,19 @@ def pick_device(name: str) -> torch.device:
         return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"--device {name}: not on this machine ({str(error).splitlines()[0]})") from error
+
+
+def precision(cfg: Config, device: torch.device):
+    """Context of a forward pass: bf16 autocast, and on CPUs attention as plain matrix products.
+
+    The fused attention of CPUs has a slow backward in bf16 (several times a step's other work).
+    """
+    stack = contextlib.ExitStack()
+    stack.enter_context(torch.autocast(device.type, torch.bfloat16, enabled=cfg.bf16))
+    if device.type == "cpu" and cfg.bf16:
+        torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)      # else it computes in float32
+        stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+    return stack
 
 
 # ---- every sentence of a split, in batches ----

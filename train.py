@@ -8,7 +8,6 @@
 
 Writes OUT/log.jsonl, last.pt, best.pt (best mIoU on val), curves.png and panels.png.
 """
-import contextlib
 import json
 import math
 import os
@@ -22,14 +21,14 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
 
 from adapters import share_batchnorm
 from data import Dataset, letterbox_mask, open_dataset
-from evaluate import collate, draw_curves, draw_panels, evaluate, pick_device, table, tokenizer_for
+from evaluate import (collate, draw_curves, draw_panels, evaluate, pick_device, precision, table,
+                      tokenizer_for)
 from model import DCRIS, Config, contrastive_loss, parse_config
 from weights import load_encoders, load_trained, read_checkpoint, save_checkpoint
 
@@ -55,19 +54,6 @@ def start_processes(cfg: Config) -> tuple[int, int, torch.device]:
         torch.cuda.set_device(device)
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     return dist.get_rank(), world, device
-
-
-def precision(cfg: Config, device: torch.device):
-    """Context of a forward pass: bf16 autocast, and on CPUs attention as plain matrix products.
-
-    The fused attention of CPUs has a slow backward in bf16 (several times a step's other work).
-    """
-    stack = contextlib.ExitStack()
-    stack.enter_context(torch.autocast(device.type, torch.bfloat16, enabled=cfg.bf16))
-    if device.type == "cpu" and cfg.bf16:
-        torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)      # else it computes in float32
-        stack.enter_context(sdpa_kernel(SDPBackend.MATH))
-    return stack
 
 
 # ---- batches ----
