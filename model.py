@@ -69,6 +69,7 @@ class Config:
     cache: str = ""                    # folder for letterboxed photos in one file, so that loading is fast
     weights: str = "weights"           # folder of the released encoders; none: start them at random
     batch_size: int = 32               # pairs a step, over all processes
+    accumulate: int = 1                # parts that a step's batch is computed in, for small memories
     epochs: int = 50
     lr: float = 1e-4                   # peak, Adam
     schedule: str = "step"             # step: x0.1 after each of lr_steps; cosine: to 0
@@ -81,6 +82,7 @@ class Config:
     bf16: bool = True                  # autocast to bfloat16
     device: str = "auto"               # auto: cuda, else mps, else cpu
     out: str = "out"                   # folder of checkpoints, log and pictures
+    save_minutes: float = 10.0         # last.pt is written this often, and after each epoch
     resume: str = ""                   # a last.pt to go on from
     benchmark: int = 0                 # N: time N steps on random data, print one JSON line, stop
 
@@ -102,7 +104,8 @@ class Config:
                 f"{'two ' * (name == 'taps')}rising block numbers from 0 to {depth - 1}")
         good["text_length"] = 3 <= self.text_length <= self.context, f"3 to --context {self.context}"
         good |= {name: (0 <= at(name) < 1, "a share from 0 to below 1") for name in ("dropout", "warmup")}
-        good |= {name: (0 <= at(name) < math.inf, "0 or more") for name in ("lr", "clip", "workers")}
+        good |= {name: (0 <= at(name) < math.inf, "0 or more") for name in
+                 ("lr", "clip", "workers", "save_minutes")}
         for name, (is_good, need) in good.items():
             if not is_good:
                 raise ValueError(f"--{name} {at(name)}: need {need}")
@@ -112,7 +115,7 @@ CHOICES = {"pos_resize": ("dinov2", "detris"), "mask_rule": ("aligned", "detris"
            "text_adapter": ("plain", "dense"), "schedule": ("step", "cosine"),
            "method": ("dcris", "frozen", "full")}
 MULTIPLES = {name: () for name in "vision_heads text_heads head_heads patch_size vision_depth text_depth "
-             "decoder_depth decoder_ffn pos_grid batch_size epochs".split()} | {    # of what, else of 1
+             "decoder_depth decoder_ffn pos_grid batch_size accumulate epochs".split()} | {    # of what or 1
              "vision_width": ("vision_heads", 4), "text_width": ("text_heads",), "visual_rank": (16,),
              "head_width": ("head_heads", 4), "image_size": ("patch_size",), "text_rank": (16,)}
 
@@ -345,12 +348,32 @@ class Decoder(nn.Module):
         return self.norm(x).transpose(1, 2).unflatten(2, grid)
 
 
+class UpConvBN(ConvBN):
+    """ConvBN, 3x3, of its input's bilinear enlargement, (B, C, h, h) -> (B, c, 2h, 2h); same parameters.
+
+    Enlarging and convolving are both linear, so channels mix first, in the small map, for a quarter of the
+    products. What is left acts on rows and columns alone: the nine shifts of the enlargement, two matrices.
+    """
+    def __init__(self, inputs: int, outputs: int, side: int):
+        super().__init__(inputs, outputs, 3)
+        large = F.interpolate(torch.eye(side)[None], scale_factor=2, mode="linear")[0].T   # (2h, h)
+        shifts = [F.pad(large, (0, 0, 1, 1))[k:k + 2 * side] for k in range(3)]
+        self.register_buffer("shifts", torch.cat(shifts, dim=1), persistent=False)         # (2h, 3h)
+
+    def forward(self, x: Tensor) -> Tensor:
+        mix = self.conv.weight.permute(2, 3, 0, 1).flatten(0, 2)[..., None, None]          # (9c, C, 1, 1)
+        maps = F.conv2d(x, mix).unflatten(1, (3, 3, -1))                   # (B, 3, 3, c, h, h)
+        maps = maps.permute(0, 1, 3, 4, 2, 5).flatten(4) @ self.shifts.T   # (B, 3, c, h, 2h)
+        maps = self.shifts @ maps.transpose(1, 2).flatten(2, 3)            # (B, c, 2h, 2h)
+        return F.relu(self.bn(maps))
+
+
 class Projector(nn.Module):
     """Up-sampling projector (Eq. 5). x (B, d, h, w), sentence (B, D) -> logits (B, 1, 4h, 4w)."""
     def __init__(self, cfg: Config):
         super().__init__()
-        d, c = cfg.head_width, cfg.head_width // 2
-        self.up = nn.ModuleList([ConvBN(d, d, 3), ConvBN(d, c, 3)])
+        d, c, side = cfg.head_width, cfg.head_width // 2, cfg.image_size // cfg.patch_size
+        self.up = nn.Sequential(UpConvBN(d, d, side), UpConvBN(d, c, 2 * side))
         self.mix = nn.Conv2d(c, c, 1)
         self.kernel = nn.Linear(cfg.text_width, 9 * c + 1)                 # c kernels of 3x3, then one bias
         if cfg.calm_start:
@@ -359,8 +382,7 @@ class Projector(nn.Module):
             self.kernel.bias.data[-1] = -3.0
 
     def forward(self, x: Tensor, sentence: Tensor) -> Tensor:
-        for conv in self.up:
-            x = conv(F.interpolate(x, scale_factor=2, mode="bilinear"))    # (B, c, 4h, 4w) in the end
+        x = self.up(x)                                                     # (B, c, 4h, 4w)
         kernel, bias = self.kernel(sentence).split([9 * x.shape[1], 1], dim=1)
         kernel = kernel.unflatten(1, (-1, 9)).transpose(1, 2)              # (B, 9, c)
         # F_c is mix(x) and the logits are F_c's 3x3 convolution with the kernel. Both are linear, so the

@@ -8,10 +8,12 @@
 
 Writes OUT/log.jsonl, last.pt, best.pt (best mIoU on val), curves.png and panels.png.
 """
+import contextlib
 import json
 import math
 import os
 import platform
+import signal
 import sys
 import time
 import zlib
@@ -30,9 +32,14 @@ from data import Dataset, letterbox_mask, open_dataset
 from evaluate import (collate, draw_curves, draw_panels, evaluate, pick_device, precision, table,
                       tokenizer_for)
 from model import DCRIS, Config, contrastive_loss, parse_config
-from weights import load_encoders, load_trained, read_checkpoint, save_checkpoint
+from weights import load_encoders, load_trained, read_checkpoint, save_checkpoint, write_whole
 
 LOG_EVERY = 25                                            # steps
+ADVICE = {                                                # what torch's error holds -> what to do about it
+    "out of memory": "lower --batch_size, or reach it in parts with --accumulate 2, 4, ...",
+    "allocate memory": "lower --batch_size, or reach it in parts with --accumulate 2, 4, ...",
+    "losed by peer": "another process ended first: its own message says why; go on with --resume",
+    "DataLoader worker": "a loader process was killed, mostly for memory: set fewer --workers, or 0"}
 
 
 def lr_factor(cfg: Config, done: float) -> float:
@@ -59,20 +66,20 @@ def start_processes(cfg: Config) -> tuple[int, int, torch.device]:
 # ---- batches ----
 
 class TrainBatches(torch.utils.data.Dataset):
-    """Training batches by step number; each is a function of (seed, step) alone, so a run resumes anywhere.
+    """Training batches by number, cfg.accumulate to a step; each is a function of seed and number alone.
 
-    The steps read one endless stream: epoch after epoch, each object once an epoch, in a new order, with one
-    of its sentences drawn at random. Groups that share a photo stay whole. Process `rank` of `world` gets
-    its slice of every batch. Adds mask, uint8 (B, 1, size, size).
+    They read one endless stream: epoch after epoch, each object once an epoch, in a new order, with one of
+    its sentences drawn at random. Groups that share a photo stay whole. Process `rank` of `world` gets its
+    slice of every batch. Adds mask, uint8 (B, 1, size, size).
     """
 
     def __init__(self, dataset: Dataset, cfg: Config, rank: int = 0, world: int = 1):
         self.dataset, self.cfg, self.rank, self.world = dataset, cfg, rank, world
-        self.tokenizer, self.share = tokenizer_for(cfg), cfg.batch_size // world
-        unit = world * dataset.per_photo
+        self.tokenizer, unit = tokenizer_for(cfg), world * cfg.accumulate * dataset.per_photo
         if cfg.batch_size % unit:
             raise ValueError(f"--batch_size {cfg.batch_size}: need a multiple of {unit}, {world} processes "
-                             f"times {dataset.per_photo} phrases a photo")
+                             f"times {cfg.accumulate} parts times {dataset.per_photo} phrases a photo")
+        self.share = cfg.batch_size // (world * cfg.accumulate)
         if not len(dataset):
             raise ValueError(f"{dataset.name} {dataset.split} holds no object to train on")
         self.drawn = (-1, None)                           # an epoch and its order
@@ -84,8 +91,8 @@ class TrainBatches(torch.utils.data.Dataset):
             self.drawn = (epoch, (first[:, None] + np.arange(group)).ravel())
         return self.drawn[1]
 
-    def pairs(self, step: int) -> list[tuple[int, int]]:
-        first, chosen = step * self.cfg.batch_size + self.rank * self.share, []
+    def pairs(self, part: int) -> list[tuple[int, int]]:
+        first, chosen = (part * self.world + self.rank) * self.share, []
         for place in range(first, first + self.share):
             epoch, k = divmod(place, len(self.dataset))
             i = int(self.order(epoch)[k])
@@ -94,8 +101,8 @@ class TrainBatches(torch.utils.data.Dataset):
             chosen.append((i, int(draw) % len(self.dataset.sentences(i))))
         return chosen
 
-    def __getitem__(self, step: int) -> dict:
-        pairs, cfg = self.pairs(step), self.cfg
+    def __getitem__(self, part: int) -> dict:
+        pairs, cfg = self.pairs(part), self.cfg
         batch = collate(self.dataset, pairs, self.tokenizer, cfg, share=self.dataset.per_photo > 1)
         masks = [letterbox_mask(self.dataset.mask(i), cfg.image_size, cfg.mask_rule) for i, _ in pairs]
         return batch | dict(mask=torch.from_numpy(np.stack(masks))[:, None])
@@ -135,37 +142,63 @@ def cache_photos(dataset: Dataset, folder: str | Path, size: int, rule: str = "a
 
 # ---- the run ----
 
-def train_step(model: nn.Module, optimizer: torch.optim.Optimizer, batch: dict, cfg: Config,
-               device: torch.device) -> tuple[Tensor, Tensor]:
-    """One update. Returns loss and gradient norm (before clipping) as tensors on the device, not read yet."""
-    batch = {k: v.to(device, non_blocking=True) for k, v in batch.items() if isinstance(v, Tensor)}
-    with precision(cfg, device):
-        logits = model(batch["image"], batch["tokens"], batch.get("photo"))
-    loss = contrastive_loss(logits, batch["mask"].float() / 255, cfg.mask_rule)
+def read_values(unread: list[Tensor], step: int, lr: float, batches: TrainBatches) -> list[list[float]]:
+    """Loss and gradient norm of the steps up to `step`; one that is not finite stops the run, with ids."""
+    values, cfg = torch.stack(unread).tolist() if unread else [], batches.cfg
+    for at, (loss, norm) in enumerate(values, step - len(values)):
+        if not math.isfinite(loss + norm):
+            whole = TrainBatches(batches.dataset, cfg)    # the parts of all processes
+            ids = [batches.dataset.object_id(i) for part in range(cfg.accumulate)
+                   for i, _ in whole.pairs(at * cfg.accumulate + part)]
+            raise ValueError(f"step {at + 1}: loss {loss}, gradient {norm}, learning rate {lr:.2e}; lower --lr or "
+                             f"set --clip, and go on with --resume {cfg.out}/last.pt. Its objects: {ids}")
+    return values
+
+
+def train_step(model: nn.Module, optimizer: torch.optim.Optimizer, parts: list[dict], cfg: Config,
+               device: torch.device) -> Tensor:
+    """One update from the gradients of all parts; processes average theirs in the last one's backward pass.
+
+    Returns (2,): loss and gradient norm before clipping, on the device, not waited for.
+    """
     optimizer.zero_grad(set_to_none=True)
-    loss.backward()
+    losses, alone = [], getattr(model, "no_sync", contextlib.nullcontext)
+    for batch in parts:
+        batch = {k: v.to(device, non_blocking=True) for k, v in batch.items() if isinstance(v, Tensor)}
+        with contextlib.nullcontext() if len(losses) == len(parts) - 1 else alone():
+            with precision(cfg, device):
+                logits = model(batch["image"], batch["tokens"], batch.get("photo"))
+            loss = contrastive_loss(logits, batch["mask"].float() / 255, cfg.mask_rule) / len(parts)
+            loss.backward()
+        losses.append(loss.detach())
     trained = [p for group in optimizer.param_groups for p in group["params"]]
     norm = nn.utils.clip_grad_norm_(trained, cfg.clip or math.inf)
     optimizer.step()
-    return loss.detach(), norm
+    loss = sum(losses)
+    if dist.is_initialized():
+        dist.all_reduce(loss)
+        loss /= dist.get_world_size()
+    return torch.stack([loss, norm])
 
 
-def benchmark(cfg: Config, model: nn.Module, optimizer: torch.optim.Optimizer, device: torch.device) -> dict:
+def benchmark(cfg: Config, raw: DCRIS, model: nn.Module, optimizer: torch.optim.Optimizer,
+              device: torch.device) -> dict:
     """Time cfg.benchmark real steps on random data; torch counts the arithmetic, a matmul gives the peak."""
     wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
     dtype = torch.bfloat16 if cfg.bf16 else torch.float32
-    side, B = cfg.image_size, cfg.batch_size
-    batch = dict(image=torch.randint(0, 256, (B, 3, side, side), dtype=torch.uint8, device=device),
-                 tokens=torch.randint(1, cfg.vocab_size, (B, cfg.text_length), device=device),
-                 mask=torch.randint(0, 256, (B, 1, side, side), dtype=torch.uint8, device=device))
+    side, B = cfg.image_size, cfg.batch_size // cfg.accumulate
+    parts = cfg.accumulate * [dict(
+        image=torch.randint(0, 256, (B, 3, side, side), dtype=torch.uint8, device=device),
+        tokens=torch.randint(1, cfg.vocab_size, (B, cfg.text_length), device=device),
+        mask=torch.randint(0, 256, (B, 1, side, side), dtype=torch.uint8, device=device))]
     with FlopCounterMode(display=False) as counter:
-        train_step(getattr(model, "_orig_mod", model), optimizer, batch, cfg, device)
+        train_step(raw, optimizer, parts, cfg, device)
     for _ in range(3):                                    # compile and warm up
-        train_step(model, optimizer, batch, cfg, device)
+        train_step(model, optimizer, parts, cfg, device)
     wait()
     started = time.perf_counter()
     for _ in range(cfg.benchmark):
-        train_step(model, optimizer, batch, cfg, device)
+        train_step(model, optimizer, parts, cfg, device)
     wait()
     seconds = (time.perf_counter() - started) / cfg.benchmark
     n = 8192 if device.type == "cuda" else 1024
@@ -179,10 +212,11 @@ def benchmark(cfg: Config, model: nn.Module, optimizer: torch.optim.Optimizer, d
     achieved = counter.get_total_flops() / seconds
     memory = torch.cuda.max_memory_allocated() / 2 ** 30 if device.type == "cuda" else None
     name = torch.cuda.get_device_name() if device.type == "cuda" else platform.machine()
-    return dict(samples_per_s=round(B / seconds, 2), tflops=round(achieved / 1e12, 3),
+    return dict(samples_per_s=round(cfg.batch_size / seconds, 2), tflops=round(achieved / 1e12, 3),
                 matmul_peak_tflops=round(max(rates) / 1e12, 3), share_of_peak=round(achieved / max(rates), 3),
                 peak_memory_gib=memory and round(memory, 2), device=name, torch=torch.__version__,
-                batch_size=B, compile=cfg.compile, bf16=cfg.bf16)
+                batch_size=cfg.batch_size, accumulate=cfg.accumulate, compile=cfg.compile,
+                bf16=cfg.bf16)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -204,61 +238,61 @@ def main(argv: list[str] | None = None) -> None:
     trained = [p for p in raw.parameters() if p.requires_grad]
     optimizer = torch.optim.Adam(trained, cfg.lr, fused=device.type in ("cpu", "cuda"))
     if cfg.benchmark:
-        say(json.dumps(benchmark(cfg, model, optimizer, device)))
+        say(json.dumps(benchmark(cfg, raw, model, optimizer, device)))
         return
 
     train_set, val_set = (open_dataset(cfg.dataset, split, cfg.data_root, cfg.seed, cfg.mix_leaky)
                           for split in ("train", "val"))
     if cfg.cache:
         cache_photos(train_set, cfg.cache, cfg.image_size, cfg.mask_rule)
-    batches = TrainBatches(train_set, cfg, rank, world)
+    batches, parts = TrainBatches(train_set, cfg, rank, world), cfg.accumulate
     epoch_ends = [math.ceil(e * len(train_set) / cfg.batch_size) for e in range(1, cfg.epochs + 1)]
-    total, step, best = epoch_ends[-1], 0, -1.0
+    total, step, best, unread = epoch_ends[-1], 0, -1.0, []      # unread: losses and norms, not yet logged
     if saved and saved["optimizer"]:                      # the authors' files come without one: a fresh start
         optimizer.load_state_dict(saved["optimizer"])
         step, best = saved["step"], saved["best"]
+        unread = [torch.tensor(values, device=device) for values in saved["unread"]]
     if step >= total:
         raise ValueError(f"{cfg.resume} is at step {step} of {total}: nothing left; raise --epochs to go on")
-    loader = iter(DataLoader(batches, batch_size=None, sampler=range(step, total), num_workers=cfg.workers,
-                             pin_memory=device.type == "cuda", prefetch_factor=4 if cfg.workers else None))
-    if step:
-        torch.set_rng_state(saved["rng"])                 # after the loader, which draws a number of its own
+    loader = iter(DataLoader(batches, batch_size=None, sampler=range(step * parts, total * parts),
+                             num_workers=cfg.workers, prefetch_factor=4 if cfg.workers else None,
+                             pin_memory=device.type == "cuda"))
     out = Path(cfg.out)
     out.mkdir(parents=True, exist_ok=True)
-    path = out / "log.jsonl"
-    lines = path.read_text().splitlines(True) if rank == 0 and step and path.exists() else []
-    log = open(path if rank == 0 else os.devnull, "w")
-    log.writelines(line for line in lines if json.loads(line)["step"] <= step)     # a killed run went on
+    path, read = out / "log.jsonl", step - len(unread)    # a killed run may have gone on for some lines
+    if rank == 0:
+        lines = path.read_bytes().splitlines(True) if read and path.exists() else []
+        write_whole(path, lambda f: f.writelines(line for line in lines if json.loads(line)["step"] <= read))
+    log = open(path if rank == 0 else os.devnull, "a")
     live = sys.stdout.isatty()                            # a terminal: one line, written over and over
     say(f"{cfg.dataset}: {len(train_set)} objects an epoch, {total - step} steps of {cfg.batch_size} pairs "
         f"over {world} process{'es' * (world > 1)} on {device}; {len(val_set)} objects to validate on")
+    asked = []                                            # SIGTERM: finish the step, save, leave
+    signal.signal(signal.SIGTERM, lambda *_: asked.append("stop"))
 
-    started, first, losses = time.time(), step, []
+    started, first, kept = time.time(), step, time.time()
     while step < total:
         lr = cfg.lr * lr_factor(cfg, step / total)
         for group in optimizer.param_groups:
             group["lr"] = lr
-        loss, norm = train_step(model, optimizer, next(loader), cfg, device)
-        losses.append(loss)
+        torch.manual_seed((cfg.seed * total + step) * world + rank)    # dropout, the same after a resume
+        unread.append(train_step(model, optimizer, [next(loader) for _ in range(parts)], cfg, device))
         step += 1
-        if step % LOG_EVERY == 0 or step in epoch_ends:
-            mean = torch.stack(losses).mean()
-            losses = []
-            if world > 1:
-                dist.all_reduce(mean)
-                mean /= world
-            if not math.isfinite(mean):
-                raise ValueError(f"loss {mean.item()} by step {step} at learning rate {lr:.2e}: lower --lr "
-                                 f"or set --clip, and go on with --resume {out / 'last.pt'}")
-            epoch = min(step * cfg.batch_size / len(train_set), cfg.epochs)
+        ends = step in epoch_ends
+        shown = len(unread) - (not ends)                  # a step late: nobody waits for the one under way
+        if shown and (ends or (step - 1) % LOG_EVERY == 0):
+            at = step - (not ends)
+            values, unread = read_values(unread[:shown], at, lr, batches), unread[shown:]
+            loss, norm = sum(loss for loss, _ in values) / shown, values[-1][1]
+            epoch = min(at * cfg.batch_size / len(train_set), cfg.epochs)
             rate = (step - first) * cfg.batch_size / (time.time() - started)
             left = (total - step) * cfg.batch_size / rate
-            say(f"epoch {epoch:5.2f}/{cfg.epochs}  step {step}/{total}  loss {mean.item():.4f}  "
-                f"lr {lr:.1e}  gradient {norm.item():.2f}  {rate:.0f} samples/s  "
-                f"{left // 60:.0f}:{left % 60:02.0f} left", end="   \r" if live else "\n", flush=True)
-            line = dict(step=step, epoch=round(epoch, 4), loss=mean.item(), lr=lr, norm=norm.item())
+            say(f"epoch {epoch:5.2f}/{cfg.epochs}  step {at}/{total}  loss {loss:.4f}  lr {lr:.1e}  "
+                f"gradient {norm:.2f}  {rate:.0f} samples/s  {left // 60:.0f}:{left % 60:02.0f} left",
+                end="   \r" if live else "\n", flush=True)
+            line = dict(step=at, epoch=round(epoch, 4), loss=loss, lr=lr, norm=norm)
             print(json.dumps(line), file=log, flush=True)
-        if step in epoch_ends:
+        if ends:
             keep = [] if step == total and rank == 0 else None
             scores = evaluate(raw, val_set, workers=cfg.workers, rank=rank, world=world, keep=keep)
             improved, best = scores["mIoU"] > best, max(best, scores["mIoU"])
@@ -266,11 +300,14 @@ def main(argv: list[str] | None = None) -> None:
                 f"mIoU {100 * scores['mIoU']:.2f}, oIoU {100 * scores['oIoU']:.2f}"
                 + ", the best so far" * improved, flush=True)
             print(json.dumps(dict(step=step, **scores)), file=log, flush=True)
-            if rank == 0:
-                state = dict(optimizer=optimizer, step=step, best=best, rng=torch.get_rng_state())
-                if improved:                              # first, since last.pt holds the new best
-                    save_checkpoint(out / "best.pt", raw, step=step, best=best)
-                save_checkpoint(out / "last.pt", raw, **state)
+            if improved and rank == 0:                    # first, since last.pt holds the new best
+                save_checkpoint(out / "best.pt", raw, step=step, best=best)
+        if rank == 0 and (ends or asked or time.time() - kept > 60 * cfg.save_minutes):
+            values = read_values(unread, step, lr, batches)                # nothing broken is kept
+            save_checkpoint(out / "last.pt", raw, optimizer=optimizer, step=step, best=best, unread=values)
+            kept = time.time()
+        if rank == 0 and asked:                           # torchrun ends the other processes
+            sys.exit(f"train.py: stopped after step {step}; go on with --resume {out / 'last.pt'}")
     if rank == 0:
         draw_curves(out / "log.jsonl", out / "curves.png")
         draw_panels(keep[:6], val_set, out / "panels.png")
@@ -287,3 +324,8 @@ if __name__ == "__main__":
         main()
     except (ValueError, OSError) as error:
         sys.exit(f"train.py: {error}")
+    except RuntimeError as error:                         # torch's own; what it does not name is our fault
+        advice = [text for words, text in ADVICE.items() if words in str(error)]
+        if not advice:
+            raise
+        sys.exit(f"train.py: {str(error).splitlines()[0]}\n{advice[0]}")

@@ -284,10 +284,10 @@ def released(model: DCRIS) -> dict:
     return {k: p for k, p in model.named_parameters() if not (whole or p.requires_grad)}
 
 
-def save_checkpoint(path: str | Path, model: DCRIS, *, optimizer=None, step=0, best=0.0, rng=None) -> None:
+def save_checkpoint(path: str | Path, model: DCRIS, *, optimizer=None, step=0, best=0.0, unread=()) -> None:
     """What trains, BatchNorm's buffers and all that resuming needs, as one dict, never half written."""
     state = model.state_dict()                            # parameters, and averages of BatchNorm
-    saved = dict(format="dcris 1", config=vars(model.config).copy(), step=step, best=best, rng=rng,
+    saved = dict(format="dcris 1", config=vars(model.config).copy(), step=step, best=best, unread=unread,
                  model={k: state[k] for k in sorted(state.keys() - released(model))},
                  optimizer=optimizer and optimizer.state_dict())
     write_whole(Path(path), lambda file: torch.save(saved, file))     # a kill leaves the old one whole
@@ -300,7 +300,7 @@ def read_checkpoint(path: str | Path) -> dict:
     saved = read_tensors(path)
     if "neck.sentence.weight" in (state := from_detris(saved.get("state_dict", {}))):
         config = dict(detris_config(state), text_length=22 if "refcocog_u" in str(path) else 17)  # as trained
-        return dict(config=config, model=state, optimizer=None, step=0, best=0.0, rng=None)
+        return dict(config=config, model=state, optimizer=None, step=0, best=0.0)
     if saved.get("format") != "dcris 1":                  # counted up when old files no longer fit
         raise ValueError(f"{path} is no checkpoint of ours or the authors: it holds {str([*saved])[:200]}")
     if unknown := saved["config"].keys() - vars(Config()).keys():
