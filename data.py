@@ -3,8 +3,8 @@
     phrase -> Tokenizer -> ids (B, L)               photo -> open_image -> letterbox -> uint8 (size, size, 3)
     COCO polygons or RLE -> segmentation_to_mask -> bool (H, W) -> letterbox_mask -> uint8 (size, size)
 """
+import argparse
 import functools
-import gc
 import gzip
 import html
 import itertools
@@ -14,11 +14,14 @@ import math
 import os
 import pickle
 import re
-import unicodedata
+import shutil
+import tempfile
 import zipfile
 import zlib
-from collections import namedtuple
+from collections import defaultdict, namedtuple
 from pathlib import Path
+from timeit import default_timer, repeat
+from unicodedata import category
 
 import numpy as np
 import torch
@@ -38,15 +41,12 @@ def read_file(path: str | Path, parse, fix: str):
     """parse(open file). A missing or damaged file raises an error that names it and says what to do."""
     if not Path(path).is_file():
         raise FileNotFoundError(f"{path} is missing; {fix}")
-    gc.disable()                   # it would rescan the growing lists over and over, for half of the time
     try:
         with open(path, "rb") as f:
             return parse(f)
     except Exception as e:         # parsers raise nearly anything on a broken file
         why = f"{type(e).__name__}: {e}"
         raise ValueError(f"{path} cannot be read ({why}); if it is damaged, delete it and {fix}") from e
-    finally:
-        gc.enable()
 
 
 # ---- phrases ----
@@ -66,16 +66,15 @@ class Tokenizer:
         if vocab_path is None:
             return
         # a header line, then CLIP uses 48,894 pairs, best first; 3 MB, and no more than 8 are unpacked
-        merges = read_file(vocab_path, lambda f: [(a, b) for a, b in map(
-            str.split, gzip.open(f).read(8 << 20).decode("utf-8").split("\n")[1:48895])],
+        self.ranks = read_file(vocab_path, lambda f: {(a, b): rank for rank, (a, b) in enumerate(map(
+            str.split, gzip.open(f).read(8 << 20).decode("utf-8").split("\n")[1:48895]))},
             "run python weights.py dcris_b, or put CLIP's file of this name there")
-        self.ranks = {pair: rank for rank, pair in enumerate(merges)}
         # GPT-2's table: printable bytes stand for themselves, the other 68 for characters from 256 on
         plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
         other = [b for b in range(256) if b not in plain]
         self.letters = dict(zip(plain + other, map(chr, plain + [*range(256, 324)])))
         symbols = [*self.letters.values(), *(s + "</w>" for s in self.letters.values())]
-        self.ids = {symbol: i for i, symbol in enumerate(symbols + [a + b for a, b in merges])}
+        self.ids = {symbol: i for i, symbol in enumerate(symbols + [a + b for a, b in self.ranks])}
         if not len(self.ids) + 2 == vocab_size == 49408:
             raise ValueError(f"vocab_size {vocab_size}, {len(self.ids) + 2} in {vocab_path}: must be 49408")
 
@@ -83,11 +82,8 @@ class Tokenizer:
         """(B, length): start, phrase, end, zeros. A longer phrase is cut, its last id is end all the same."""
         if isinstance(sentences, str) or length < 2:
             raise ValueError(f"got {sentences!r}, length {length}: expected a list of phrases, 2 or more ids")
-        tokens = torch.zeros(len(sentences), length, dtype=torch.long)        # (B, L)
-        for row, sentence in zip(tokens, sentences):
-            ids = [self.start, *self.encode(sentence)[:length - 2], self.end]
-            row[:len(ids)] = torch.tensor(ids)
-        return tokens
+        ids = [[self.start, *self.encode(s)[:length - 2], self.end] for s in sentences]
+        return torch.tensor([i + [0] * (length - len(i)) for i in ids], dtype=torch.long).view(-1, length)
 
     def encode(self, text: str) -> list[int]:
         """Ids of one phrase, without start and end."""
@@ -95,34 +91,22 @@ class Tokenizer:
         # `split` sees a copy in which z stands for any letter beyond ASCII, 0 for a number, ! for the rest;
         # ſ and U+0345 are special: ignoring case, the original takes one for an s and skips the other
         kinds, odd = {"L": "z", "N": "0"}, {"ſ": "s", "\u0345": " "}
-        copy = "".join(c if c.isascii() else odd.get(c) or kinds.get(unicodedata.category(c)[0], "!")
-                       for c in text)
+        copy = "".join(c if c.isascii() else odd.get(c) or kinds.get(category(c)[0], "!") for c in text)
         return [i for m in self.split.finditer(copy) for i in self.piece(text[m.start():m.end()])]
 
-    def piece(self, text: str) -> list[int]:
+    def piece(self, text: str) -> list[int]:       # ids of one word
         data = text.encode("utf-8", "replace")     # a lone surrogate becomes "?"
         if text not in self.cache and self.ranks is None:
             self.cache[text] = [zlib.crc32(data) % (self.vocab_size - 3) + 1]           # 0 is padding
         elif text not in self.cache:
-            *word, last = [self.letters[b] for b in data]
-            self.cache[text] = [self.ids[s] for s in merge([*word, last + "</w>"], self.ranks)]
+            word, rank = [self.letters[b] for b in data], lambda pair: self.ranks.get(pair, math.inf)
+            word[-1] += "</w>"
+            while (best := min(itertools.pairwise(word), key=rank, default=None)) in self.ranks:
+                for i, _ in enumerate(word):       # joins it in all places; the word shrinks under this loop
+                    if tuple(word[i:i + 2]) == best:
+                        word[i:i + 2] = ["".join(best)]
+            self.cache[text] = [self.ids[symbol] for symbol in word]
         return self.cache[text]
-
-
-def merge(word: list[str], ranks: dict) -> list[str]:
-    """Byte-pair merging: again and again the best-ranked pair, in all its places from left to right."""
-    while len(word) > 1:
-        best = min(itertools.pairwise(word), key=lambda pair: ranks.get(pair, math.inf))
-        if best not in ranks:
-            break
-        merged = []
-        for symbol in word:
-            if merged and (merged[-1], symbol) == best:
-                merged[-1] += symbol
-            else:
-                merged.append(symbol)
-        word = merged
-    return word
 
 
 # ---- photos and masks ----
@@ -133,17 +117,11 @@ def fit(width: int, height: int, size: int) -> tuple[int, int, int, int]:
 
 
 def letterbox(image: Image.Image, size: int, rule: str = "aligned") -> np.ndarray:
-    """RGB photo -> uint8 (size, size, 3): scaled to fit, cubic, centred on CLIP's mean colour."""
-    return to_square(image, size, rule, BORDER, "bicubic")
+    """RGB photo -> uint8 (size, size, 3), cubic, on CLIP's mean colour; L mask -> (size, size), linear, on 0.
 
-
-def letterbox_mask(mask: np.ndarray, size: int, rule: str = "aligned") -> np.ndarray:
-    """bool (H, W) -> uint8 (size, size), 0 ... 255: the same, linear, on 0."""
-    return to_square(Image.fromarray(mask.astype(np.uint8) * 255), size, rule, 0, "bilinear")
-
-
-def to_square(image: Image.Image, size: int, rule: str, border, mode: str) -> np.ndarray:
-    """aligned: pixel centres. detris: what the release's cv2.warpAffine does, on pixel indices."""
+    aligned: pixel centres. detris: what the release's cv2.warpAffine does, on pixel indices.
+    """
+    border, mode = {"RGB": (BORDER, "bicubic"), "L": (0, "bilinear")}[image.mode]
     if rule == "aligned":
         left, top, w, h = fit(*image.size, size)
         square = Image.new(image.mode, (size, size), border)
@@ -155,10 +133,14 @@ def to_square(image: Image.Image, size: int, rule: str, border, mode: str) -> np
     # index in the photo = (at - bias) / scale; grid_sample counts -1 ... 1 from outer edge to outer edge
     x, y = ((2 * (at - (size - scale * n) / 2) / scale + 1) / n - 1 for n in image.size)
     grid = torch.stack(torch.meshgrid(x, y, indexing="xy"), -1)[None].float()           # (1, size, size, 2)
-    pixels = torch.from_numpy(np.asarray(image, np.float32) - np.float32(border))       # 0 is the border
-    pixels = pixels.reshape(1, image.height, image.width, -1).permute(0, 3, 1, 2)       # (1, 1 or 3, H, W)
-    out = F.grid_sample(pixels, grid, mode, "zeros", align_corners=False)[0].permute(1, 2, 0)
-    return (out.numpy().squeeze() + border).round().clip(0, 255).astype(np.uint8)
+    pixels = torch.from_numpy(np.atleast_3d(np.float32(image)) - np.float32(border))    # 0 is the border
+    out = F.grid_sample(pixels.permute(2, 0, 1)[None], grid, mode, "zeros", align_corners=False)[0]
+    return (out.permute(1, 2, 0).numpy().squeeze() + border).round().clip(0, 255).astype(np.uint8)
+
+
+def letterbox_mask(mask: np.ndarray, size: int, rule: str = "aligned") -> np.ndarray:
+    """bool (H, W) -> uint8 (size, size), 0 ... 255."""
+    return letterbox(Image.fromarray(mask.astype(np.uint8) * 255), size, rule)
 
 
 def open_image(source) -> Image.Image:
@@ -173,8 +155,7 @@ def open_image(source) -> Image.Image:
         a = a / next(t for t in tops if a.max() <= t)
         image = Image.fromarray((a * 255).round().clip(0, 255).astype(np.uint8))
     elif image.has_transparency_data:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
     return image.convert("RGB")
 
 
@@ -201,11 +182,9 @@ def segmentation_to_mask(segmentation, height: int, width: int) -> np.ndarray:
         flips = [polygon_flips(p, height, width) for p in parts]
     else:
         raise ValueError(f"segmentation {shown}: expected an RLE or polygons [[x, y, x, y, x, y, ...], ...]")
-    mask = np.zeros(height * width, bool)          # column after column; each flip turns it on or off
-    for places in flips:
-        turns = np.bincount(places, minlength=mask.size + 1)[:mask.size].astype(np.uint8) & 1
-        mask |= np.bitwise_xor.accumulate(turns).view(bool)
-    return mask.reshape(width, height).T
+    n = height * width                             # column after column; each flip turns it on or off
+    masks = [np.bincount(places, minlength=n + 1)[:n].cumsum() & 1 for places in flips]
+    return np.any(masks, axis=0).reshape(width, height).T
 
 
 def unpack_counts(text: str | bytes) -> list[int]:
@@ -229,22 +208,17 @@ def polygon_flips(polygon: list, height: int, width: int) -> np.ndarray:
     xy = np.asarray(polygon, np.float64)
     if not (np.abs(xy) < 1e6).all() or np.abs(xy[2:] - xy[:-2]).sum() > 1e7:
         raise ValueError(f"polygon {str(polygon)[:80]}: expected finite numbers of a photo's size")
-    start = (5 * xy.reshape(-1, 2).T + .5).astype(np.int64)                   # (2, K) x and y, cut as C cuts
-    end = np.roll(start, -1, 1)
-    flat = np.abs(end - start)[0] >= np.abs(end - start)[1]
-    start, end = np.where(flat, start, start[::-1]), np.where(flat, end, end[::-1])    # the longer way first
-    back = start[0] > end[0]                       # C walks every edge from its smaller end
-    (a, b), (a_end, b_end) = np.where(back, end, start), np.where(back, start, end)
-    steps = a_end - a                              # (K,)
-    edge = np.repeat(np.arange(len(a)), steps + 1)                            # (M,) the edge of every point
-    t = np.arange(len(edge)) - (np.cumsum(steps + 1) - steps - 1)[edge]
-    slope = (b_end - b) / np.maximum(steps, 1)
-    long, short = a[edge] + t, (b[edge] + slope[edge] * t + .5).astype(np.int64)
-    x, y = np.where(flat[edge], (long, short), (short, long))                 # (M,) each
+    start = (5 * xy.reshape(-1, 2) + .5).astype(np.int64)                     # (K, 2) x and y, cut as C cuts
+    way = np.roll(start, -1, 0) - start
+    longer = np.take_along_axis(way, np.abs(way).argmax(1, keepdims=True), 1)           # (K, 1) of dx and dy
+    start = np.where(longer < 0, start + way, start)                          # C walks from the smaller end
+    slope, points = way / np.where(longer, longer, 1), np.abs(longer[:, 0]) + 1
+    edge = np.repeat(np.arange(len(points)), points)                          # (M,) the edge of every point
+    t = np.arange(len(edge)) - (np.cumsum(points) - points)[edge]
+    x, y = (start[edge] + slope[edge] * t[:, None] + .5).astype(np.int64).T   # (M,) each
     left, top = np.minimum(x[1:], x[:-1]), np.minimum(y[1:], y[:-1])
     at = (edge[1:] == edge[:-1]) & (x[1:] != x[:-1]) & (left % 5 == 2) & (left >= 0) & (left < 5 * width)
-    row = np.ceil((top[at] + .5) / 5 - .5).clip(0, height).astype(np.int64)
-    return left[at] // 5 * height + row
+    return left[at] // 5 * height + np.ceil((top[at] + .5) / 5 - .5).clip(0, height).astype(np.int64)
 
 
 # ---- data sets ----
@@ -264,11 +238,9 @@ class Dataset:
         return len(self.ends) - 1
 
     def record(self, i: int) -> dict:
-        i = range(len(self))[i]                    # IndexError beyond the end
         return json.loads(self.packed[self.ends[i]:self.ends[i + 1]].tobytes())
 
-    def photo(self, i: int) -> Image.Image:
-        """RGB, upright."""
+    def photo(self, i: int) -> Image.Image:        # RGB, upright
         r = self.record(i)
         image = open_image(r["photo"]) if isinstance(r["photo"], str) else read_file(
             r["photo"][0], lambda f: open_image(read_member(f, *r["photo"][1:])),
@@ -277,8 +249,7 @@ class Dataset:
             raise ValueError(f"{r['id']}: photo of height and width {image.size[::-1]}, mask of {r['size']}")
         return image
 
-    def mask(self, i: int) -> np.ndarray:
-        """bool (H, W), the photo's own size."""
+    def mask(self, i: int) -> np.ndarray:          # bool (H, W), the photo's own size
         r = self.record(i)
         return read_mask(r["mask"], *r["size"])
 
@@ -302,6 +273,41 @@ class Dataset:
         return np.fromfile(self.cache[0], np.uint8, n, offset=row * n).reshape(size, size, 3)
 
 
+def cache_photos(dataset: Dataset, folder: str | Path, size: int, rule: str = "aligned") -> None:
+    """Lets dataset.square read from one file in `folder`, which is built now unless it is there.
+
+    Photos are appended to NAME.part, so a killed run goes on where it stopped, and a complete file alone gets
+    its name, which tells size, rule and photos. A second process waits for the first.
+    """
+    import fcntl                   # its lock ends with its process, however that ends; Windows has none
+    if dataset.endless:
+        raise ValueError(f"{dataset.name} {dataset.split} never repeats a photo: leave the cache out")
+    keys = {}                      # photo -> its row in the file
+    rows = np.array([keys.setdefault(dataset.photo_key(i), len(keys)) for i in range(len(dataset))])
+    first, n = np.unique(rows, return_index=True)[1], size * size * 3
+    mark = f"{size}-{rule}-{len(keys)}-{zlib.crc32(repr(list(keys)).encode()):08x}"
+    path = Path(folder) / f"{Path(dataset.name).stem}-{dataset.split}-{mark}.u8"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(f"{path}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not path.exists() or path.stat().st_size != len(keys) * n:
+            with open(f"{path}.part", "ab") as part:
+                start, begin = default_timer(), part.tell() // n
+                part.truncate(begin * n)           # a photo that was cut off
+                needed, free = (len(keys) - begin) * n / 1e9, shutil.disk_usage(path.parent).free / 1e9
+                if needed > free:
+                    raise OSError(f"{path} needs {needed:.2f} GB more, {free:.2f} GB are free on its disk")
+                for k in range(begin, len(keys)):
+                    part.write(dataset.square(first[k], size, rule).tobytes())
+                    if k % 500 == 499:
+                        left = (default_timer() - start) / (k + 1 - begin) * (len(keys) - k - 1)
+                        print(f"{path}: {k + 1:,} of {len(keys):,}, {left / 60:.1f} min left", flush=True)
+                part.flush()
+                os.fsync(part.fileno())
+            os.replace(part.name, path)
+    dataset.cache = (path, rows, size, rule)
+
+
 class PlainUnpickler(pickle.Unpickler):
     """Builds lists, dicts, strings and numbers, which is all that RefCOCO's files hold, and runs no code."""
     def find_class(self, module, name):
@@ -312,47 +318,39 @@ def read_refs(name: str, root: str | Path) -> list[dict]:
     """The refs of all splits, with what we need of them: those of refcocog_umd from refcocog/refs(umd).p."""
     folder, _, by = name.partition("_")
     return read_file(Path(root) / folder / f"refs({by or 'unc'}).p", lambda f: [
-        dict(key=r["image_id"], ref=r["ref_id"], ann=r["ann_id"], split=r["split"],
-             sentences=[s["sent"] for s in r["sentences"]])
+        dict(id=f"{name}/{r['split']}/ref {r['ref_id']} ann {r['ann_id']}", ann=r["ann_id"], split=r["split"],
+             key=r["image_id"], sentences=[s["sent"] for s in r["sentences"]])
         for r in PlainUnpickler(f, encoding="latin1").load()], f"run python weights.py {folder}")
 
 
 def refcoco_records(name: str, split: str, root: str | Path) -> list[dict]:
     """RefCOCO's own files (github.com/lichengunc/refer) -> records for Dataset."""
-    refs, folder = [r for r in read_refs(name, root) if r["split"] == split], name.split("_")[0]
+    refs, source = [r for r in read_refs(name, root) if r["split"] == split], name.split("_")[0]
     found, (objects, phrases) = (len(refs), sum(len(r["sentences"]) for r in refs)), REFCOCO[name][split]
     if 0 < found[0] < 0.9 * objects:
         print(f"{name}: {found[0]:,} of {objects:,} {split} objects here (a mini set)")
     elif found != (objects, phrases or found[1]):
         raise ValueError(f"{root}: {name} {split} has {found} objects and sentences, the release has "
-                         f"{objects, phrases}; delete its files and run python weights.py {folder}")
+                         f"{objects, phrases}; delete its files and run python weights.py {source}")
     if name == "refcocog_google":
         print(f"{name}: train and val share photos, which flatters val; refcocog_umd keeps them apart")
-    places = zipped_photos(Path(root))
+    folder, places = Path(root) / "images" / "train2014", {}      # places: photo -> where in the zip it is
+    unpacked = {path.name for path in folder.glob("*")}
+    for path in filter(Path.is_file, (Path(root) / "train2014.zip", folder.with_suffix(".zip"))):
+        for m in read_file(path, lambda f: zipfile.ZipFile(f).infolist(), "run python weights.py coco"):
+            if (photo := os.path.basename(m.filename)) not in unpacked:
+                places[photo] = (str(path), m.header_offset, m.compress_size, m.compress_type)
 
     def join(f):                   # a lacking image or annotation ends in read_file's error
         instances = json.load(f)
         images, masks = ({x["id"]: x for x in instances[key]} for key in ("images", "annotations"))
         for r in refs:
-            image, r["mask"] = images[r["key"]], masks[r["ann"]]["segmentation"]
-            photo = Path(root) / "images" / "train2014" / os.path.basename(image["file_name"])
-            r["photo"] = places.get(photo.name, str(photo))
-            r["size"] = image["height"], image["width"]
-            r["id"] = f"{name}/{split}/ref {r['ref']} ann {r['ann']}"
+            image, mask = images[r["key"]], masks[r["ann"]]["segmentation"]
+            photo, size = os.path.basename(image["file_name"]), (image["height"], image["width"])
+            r |= dict(mask=mask, photo=places.get(photo, str(folder / photo)), size=size)
         return refs
 
-    return read_file(Path(root) / folder / "instances.json", join, f"run python weights.py {folder}")
-
-
-def zipped_photos(root: Path) -> dict:
-    """File name -> place in train2014.zip, of the photos that are not unpacked."""
-    folder, places = root / "images" / "train2014", {}
-    for path in filter(Path.is_file, (root / "train2014.zip", root / "images" / "train2014.zip")):
-        for m in read_file(path, lambda f: zipfile.ZipFile(f).infolist(), "run python weights.py coco"):
-            places[os.path.basename(m.filename)] = (str(path), m.header_offset, m.compress_size,
-                                                    m.compress_type)
-    unpacked = set(os.listdir(folder)) if folder.is_dir() else set()
-    return {name: place for name, place in places.items() if name not in unpacked}
+    return read_file(Path(root) / source / "instances.json", join, f"run python weights.py {source}")
 
 
 def read_member(f, offset: int, size: int, method: int) -> io.BytesIO:
@@ -370,9 +368,7 @@ def jsonl_records(path: str | Path, split: str) -> list[dict]:
     """
     folder, records = Path(path).parent, []
     lines = read_file(path, lambda f: f.read().decode("utf-8-sig").split("\n"), "write it in UTF-8")
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
+    for number, line in filter(lambda numbered: numbered[1].strip(), enumerate(lines, 1)):
         try:
             entry = json.loads(line)
             if lacking := {"image", "mask", "sentences"}.difference(entry):
@@ -382,8 +378,7 @@ def jsonl_records(path: str | Path, split: str) -> list[dict]:
                 raise ValueError(f"sentences {str(phrases)[:60]}: expected a list of phrases, none empty")
             mask = str(folder / mask) if isinstance(mask, str) else mask
             with Image.open(photo) as image:
-                turned = image.getexif().get(274, 1) >= 5                     # EXIF: it lies on its side
-                size = list(image.size if turned else image.size[::-1])
+                size = list(image.size[::1 if image.getexif().get(274, 1) >= 5 else -1])   # on its side: >= 5
             pixels = read_mask(mask, *size)
             if list(pixels.shape) != size or not pixels.any():
                 raise ValueError(f"mask of {pixels.shape} is empty or not of the photo's size, {size}")
@@ -403,68 +398,57 @@ def mix_records(root: str | Path, leaky: bool) -> list[dict]:
     records = [r for name in names for r in refcoco_records(name, "train", root)]
     held = {r["key"] for name in names for r in read_refs(name, root) if r["split"] != "train"}
     kept = [r for r in records if leaky or r["key"] not in held]
-    photos = [len({r["key"] for r in some}) for some in (records, kept)]
-    print(f"mix: {len(kept):,} of {len(records):,} objects, {photos[1]:,} of {photos[0]:,} photos; the others"
-          " are in val or test of one of the three sets")
+    photos, left = (len({r["key"] for r in some}) for some in (records, kept))
+    print(f"mix: {len(kept):,} of {len(records):,} objects, {left:,} of {photos:,} photos; rest held out")
     return kept
 
 
 # ---- shapes: rendered scenes with phrases that need language; no file, no network ----
-KINDS = {                                                 # outline: corners, half width, half height
-    "circle": (40, 1.0, 1.0), "square": (4, 1.25, 1.25), "bar": (4, 1.65, 0.75), "pillar": (4, 0.75, 1.65)}
+KINDS = {"circle": (40, 1, 1), "square": (4, 1.25, 1.25), "bar": (4, 1.65, 0.75), "pillar": (4, 0.75, 1.65)}
 COLOURS = {"red": (208, 52, 44), "green": (52, 158, 72), "blue": (48, 92, 200), "yellow": (236, 190, 40)}
 SIZES = {"small": 0.11, "big": 0.17}                      # radius, share of the scene's side
 SHAPES = {"train": 10000, "val": 1000, "testA": 1000, "testB": 1000}     # phrases; train: an epoch's worth
 MARGIN = 0.05                                             # what a phrase compares differs by this at least
-RELATIONS = {"left of": (0, -1), "right of": (0, 1), "above": (1, -1), "below": (1, 1)}   # (axis, direction)
-ENDS = {(0, 1): ("leftmost {}", "{} from the left"), (0, -1): ("rightmost {}", "{} from the right"),
-        (1, 1): ("top {}", "{} from the top"), (1, -1): ("bottom {}", "{} from the bottom")}
+WAYS = {"left of": ("x", 1, "leftmost", "left"), "right of": ("x", -1, "rightmost", "right"),
+        "above": ("y", 1, "top", "top"), "below": ("y", -1, "bottom", "bottom")}     # axis, direction, words
 Thing = namedtuple("Thing", "kind colour size x y radius angle")       # shares of the side; radians
 
 
 def phrases(things: list[Thing]) -> dict[str, list[tuple[int, str]]]:
     """All phrases that mean exactly one thing: kind of phrase -> (index of the thing meant, phrase)."""
-    fits = {}                                             # noun phrase -> all that it fits
+    fits = defaultdict(set)                               # noun phrase -> all that it fits
     for i, thing in enumerate(things):
         for words in itertools.product((thing.size, ""), (thing.colour, ""), (thing.kind, "shape")):
-            fits.setdefault(" ".join(filter(None, words)), set()).add(i)
+            fits[" ".join(filter(None, words))].add(i)
     rivals = {noun: who for noun, who in fits.items() if len(who) > 1}      # nouns that alone would not do
-    anchors = [(noun, *who) for noun, who in fits.items() if len(who) == 1 and len(noun.split()) == 2]
-    place = [(thing.x, thing.y) for thing in things]
-    found = {"attribute": [(*who, noun) for noun, who in fits.items() if len(who) == 1],
-             "relation": [], "position": [], "ordinal": []}
-    for (anchor, other), (relation, (axis, sign)) in itertools.product(anchors, RELATIONS.items()):
-        ahead = [sign * (at[axis] - place[other][axis]) for at in place]
-        beyond = {i for i, by in enumerate(ahead) if by > MARGIN}
-        clear = beyond | {i for i, by in enumerate(ahead) if by < -MARGIN}
+    found = defaultdict(list, attribute=[(*who, noun) for noun, who in fits.items() if len(who) == 1])
+    anchors = [(other, noun) for other, noun in found["attribute"] if len(noun.split()) == 2]
+    for (other, anchor), (relation, (axis, sign, *_)) in itertools.product(anchors, WAYS.items()):
+        ahead = [sign * (getattr(things[other], axis) - getattr(thing, axis)) for thing in things]
         for noun, who in rivals.items():
-            who = who - {other}
-            if len(who) > 1 and who <= clear and len(who & beyond) == 1:
-                found["relation"].append((*(who & beyond), f"{noun} {relation} {anchor}"))
-    for (noun, who), ((axis, sign), (end, counted)) in itertools.product(rivals.items(), ENDS.items()):
-        order = sorted((sign * place[i][axis], i) for i in who)
+            beyond = [i for i in who - {other} if ahead[i] > MARGIN]
+            if len(beyond) == 1 < len(who - {other}) and all(abs(ahead[i]) > MARGIN for i in who - {other}):
+                found["relation"].append((*beyond, f"{noun} {relation} {anchor}"))
+    for (noun, who), (axis, sign, end, side) in itertools.product(rivals.items(), WAYS.values()):
+        order = sorted((sign * getattr(things[i], axis), i) for i in who)
         if all(after - before > MARGIN for (before, _), (after, _) in itertools.pairwise(order)):
-            found["position"].append((order[0][1], end.format(noun)))
-            for rank, word in ((1, "second"), (2, "third")):
-                if rank < len(order) - 1:                 # the last one is the other end's first
-                    found["ordinal"].append((order[rank][1], f"{word} {counted.format(noun)}"))
+            found["position"].append((order[0][1], f"{end} {noun}"))
+            for (_, i), rank in zip(order[1:-1], ("second", "third")):      # the last is the other end's
+                found["ordinal"].append((i, f"{rank} {noun} from the {side}"))
     return found
 
 
 class Shapes(Dataset):
     """Rendered scenes of 3 to 5 things, four phrases a scene in a row; the same for the same seed.
 
-    Kinds, colours and sizes repeat within a scene, so that a phrase has rivals. A third of the phrases
-    name attributes, a third a relation, a third a position or an ordinal; testB holds relations and
-    ordinals only. val, testA and testB never change; train goes on for ever, any index is a fresh phrase.
+    Kinds, colours and sizes repeat, so that a phrase has rivals. A third of the phrases name attributes, a
+    third a relation, a third a position or an ordinal; testB has relations and ordinals only.
     """
     per_photo, side = 4, 192
 
     def __init__(self, split: str, seed: int = 0):
-        if split not in SHAPES:
-            raise ValueError(f"shapes has no split {split}; it has {' '.join(SHAPES)}")
         self.name, self.split, self.ends = "shapes", split, range(SHAPES[split] + 1)
-        self.endless = split == "train"
+        self.endless = split == "train"                   # the other splits never change
         self.seed = (seed * self.endless, list(SHAPES).index(split))
 
     @functools.lru_cache(maxsize=64)                      # four phrases ask for each scene, one after another
@@ -477,8 +461,7 @@ class Shapes(Dataset):
             last = ("position", "position", "ordinal")[rng.integers(3)]
             due = ("relation", "ordinal") if self.split == "testB" else ("attribute", "relation", last)
             for i in range(k * self.per_photo, (k + 1) * self.per_photo):
-                options = found[kind := due[i % len(due)]]
-                if not options:
+                if not (options := found[kind := due[i % len(due)]]):
                     break
                 draw = lambda some: some[rng.integers(len(some))]
                 meant = draw(sorted({who for who, _ in options}))     # first the thing, then its phrase
@@ -503,8 +486,7 @@ class Shapes(Dataset):
 
 def scatter(rng: np.random.Generator) -> list[Thing]:
     """3 to 5 things that do not touch, of at most 3 kinds and 3 colours."""
-    kinds = rng.permutation(list(KINDS))[:rng.integers(2, 4)]
-    colours = rng.permutation(list(COLOURS))[:rng.integers(2, 4)]
+    kinds, colours = (rng.permutation(list(some))[:rng.integers(2, 4)] for some in (KINDS, COLOURS))
     things, wanted, tries = [], int(rng.integers(3, 6)), 0
     while len(things) < wanted and (tries < 100 or len(things) < 3):
         tries += 1
@@ -519,7 +501,7 @@ def scatter(rng: np.random.Generator) -> list[Thing]:
 
 def outline(thing: Thing, side: float) -> list[tuple[float, float]]:
     """The polygon in pixels of a scene of that side, turned by the thing's angle."""
-    count, width, height = KINDS[thing.kind]
+    count, width, height = KINDS[thing.kind]              # corners, half width and height
     turn = side * thing.radius * complex(math.cos(thing.angle), math.sin(thing.angle))
     around = ((2 * k + 1) * math.pi / count for k in range(count))
     arms = [turn * complex(width * math.cos(a), height * math.sin(a)) for a in around]
@@ -532,13 +514,12 @@ def render(things: list[Thing], side: int, rng: np.random.Generator) -> Image.Im
     canvas = Image.new("RGB", (2 * side, 2 * side), tuple(ground.astype(int).tolist()))
     draw = ImageDraw.Draw(canvas, "RGBA")
     for thing in things:
-        lower = thing._replace(x=thing.x + 0.012, y=thing.y + 0.015)
         shade = rng.uniform(0.85, 1.1) * np.array(COLOURS[thing.colour])
-        draw.polygon(outline(lower, 2 * side), fill=(0, 0, 0, 80))
+        shadow = thing._replace(x=thing.x + 0.012, y=thing.y + 0.015)
+        draw.polygon(outline(shadow, 2 * side), fill=(0, 0, 0, 80))
         draw.polygon(outline(thing, 2 * side), fill=tuple(shade.clip(0, 255).astype(int).tolist()))
-    clouds = Image.fromarray(rng.uniform(0.8, 1.2, (6, 6)).astype(np.float32))
-    clouds = np.asarray(clouds.resize((side, side), Image.Resampling.BICUBIC))
-    light = np.linspace(1.08, 0.92, side, dtype=np.float32)[:, None] * clouds
+    clouds = Image.fromarray(rng.uniform(0.8, 1.2, (6, 6)).astype(np.float32))       # enlarged: bicubic
+    light = np.linspace(1.08, 0.92, side, dtype=np.float32)[:, None] * np.asarray(clouds.resize((side, side)))
     grain = 0.03 * rng.standard_normal((side, side), np.float32)
     picture = np.asarray(canvas.reduce(2)) * (light + grain)[..., None]
     return Image.fromarray(picture.clip(0, 255).astype(np.uint8))
@@ -547,14 +528,33 @@ def render(things: list[Thing], side: int, rng: np.random.Generator) -> Image.Im
 def open_dataset(name: str, split: str, root: str | Path = "data", seed: int = 0,
                  mix_leaky: bool = False) -> Dataset:
     """One split by name; mix: three training sets without photos of their val and test; val is RefCOCO's."""
-    if name == "shapes":
-        return Shapes(split, seed)
     if name.endswith(".jsonl"):
         return Dataset(name, split, jsonl_records(name, split))
-    splits = REFCOCO | {"mix": ("train", "val")}
+    splits = {"shapes": SHAPES, **REFCOCO, "mix": ("train", "val")}
     if split not in splits.get(name, ()):
-        raise ValueError(f"no {split!r} of {name!r}; there are shapes, the path of a .jsonl file, and "
+        raise ValueError(f"no {split!r} of {name!r}; there are the path of a .jsonl file, and "
                          + ", ".join(f"{n} ({' '.join(s)})" for n, s in splits.items()))
+    if name == "shapes":
+        return Shapes(split, seed)
     if (name, split) == ("mix", "train"):
         return Dataset(name, split, mix_records(root, mix_leaky))
     return Dataset(name, split, refcoco_records("refcoco" if name == "mix" else name, split, root))
+
+
+if __name__ == "__main__":
+    p = argparse.ArgumentParser(description="Photos a second on one core, decoded and from a cache, as JSON.")
+    p.add_argument("--benchmark", action="store_true", required=True)
+    for flag, default in dict(dataset="refcoco", data_root="data", split="train", image_size=448).items():
+        p.add_argument(f"--{flag}", type=type(default), default=default)
+    args = p.parse_args()
+    try:
+        photos = open_dataset(args.dataset, args.split, args.data_root)
+        photos.ends = photos.ends[:201]                   # 200 objects are enough; fewer are repeated
+        work = lambda: [photos.square(i % len(photos), args.image_size).size for i in range(200)]
+        with tempfile.TemporaryDirectory() as folder:
+            raw = round(200 / np.median(repeat(work, number=1)))          # of five rounds
+            cache_photos(photos, folder, args.image_size)   # just written, it comes from the page cache
+            cached = round(200 / np.median(repeat(work, number=1)))
+        print(json.dumps(vars(args) | dict(photos_per_s=raw, cached_per_s=cached, ratio=round(cached / raw))))
+    except (ValueError, OSError) as error:
+        raise SystemExit(f"data.py: {error}")

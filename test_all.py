@@ -585,7 +585,7 @@ def test_cache_survives_kills_and_equals_the_photos():
     """Two builders at once, kill -9 at ten moments, half a photo: each decoded once, every square right."""
     dataset, folder, decoded = open_dataset("mix", "train", make_refcoco(), mix_leaky=True), new_folder(), []
     squares = {size: [dataset.square(i, size) for i in range(18)] for size in (32, 48, 64)}
-    photo, cache = dataset.photo, lambda size: train.cache_photos(dataset, folder, size)
+    photo, cache = dataset.photo, lambda size: data.cache_photos(dataset, folder, size)
     dataset.photo = lambda i: (time.sleep(0.02), decoded.append(i), photo(i))[2]
     assert not any(os.waitpid(pid, 0)[1] for pid in [forked(lambda: cache(32)) for _ in range(2)])
     for _ in range(10):

@@ -16,7 +16,6 @@ import platform
 import signal
 import sys
 import time
-import zlib
 from pathlib import Path
 
 import numpy as np
@@ -28,7 +27,7 @@ from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
 
 from adapters import share_batchnorm
-from data import Dataset, letterbox_mask, open_dataset
+from data import Dataset, cache_photos, letterbox_mask, open_dataset
 from evaluate import (collate, draw_curves, draw_panels, evaluate, pick_device, precision, table,
                       tokenizer_for)
 from model import DCRIS, Config, contrastive_loss, parse_config
@@ -106,38 +105,6 @@ class TrainBatches(torch.utils.data.Dataset):
         batch = collate(self.dataset, pairs, self.tokenizer, cfg, share=self.dataset.per_photo > 1)
         masks = [letterbox_mask(self.dataset.mask(i), cfg.image_size, cfg.mask_rule) for i, _ in pairs]
         return batch | dict(mask=torch.from_numpy(np.stack(masks))[:, None])
-
-
-def cache_photos(dataset: Dataset, folder: str | Path, size: int, rule: str = "aligned") -> None:
-    """Lets dataset.square read from one file in `folder`, which is built now unless it is there.
-
-    Photos are appended to NAME.part, so a killed run goes on where it stopped, and a complete file alone gets
-    its name, which tells size, rule and photos. A second process waits for the first.
-    """
-    import fcntl                   # its lock ends with its process, however that ends; Windows has none
-    if dataset.endless:
-        raise ValueError(f"{dataset.name} {dataset.split} never repeats a photo: leave the cache out")
-    keys = {}                      # photo -> its row in the file
-    rows = np.array([keys.setdefault(dataset.photo_key(i), len(keys)) for i in range(len(dataset))])
-    first, n = np.unique(rows, return_index=True)[1], size * size * 3
-    mark = f"{size}-{rule}-{len(keys)}-{zlib.crc32(repr(list(keys)).encode()):08x}"
-    path = Path(folder) / f"{Path(dataset.name).stem}-{dataset.split}-{mark}.u8"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(f"{path}.lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not path.exists() or path.stat().st_size != len(keys) * n:
-            with open(f"{path}.part", "ab") as part:
-                start, begin = time.time(), part.tell() // n
-                part.truncate(begin * n)           # a photo that was cut off
-                for k in range(begin, len(keys)):
-                    part.write(dataset.square(first[k], size, rule).tobytes())
-                    if k % 500 == 499:
-                        left = (time.time() - start) / (k + 1 - begin) * (len(keys) - k - 1)
-                        print(f"{path}: {k + 1:,} of {len(keys):,}, {left / 60:.1f} min left", flush=True)
-                part.flush()
-                os.fsync(part.fileno())
-            os.replace(part.name, path)
-    dataset.cache = (path, rows, size, rule)
 
 
 # ---- the run ----

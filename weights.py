@@ -4,6 +4,7 @@
     python weights.py dcris_b refcoco  fetches what these need; after a cut, run it again and it goes on
 """
 import argparse
+import functools
 import hashlib
 import io
 import os
@@ -20,8 +21,7 @@ from torch import Tensor, nn
 
 from model import DCRIS, PRESETS, Config
 
-TIMEOUT = (15, 30)                     # seconds: to connect; without a byte, until a server counts as stalled
-TRIES, PAUSE = 6, 1.0                  # tries in a row that bring nothing; seconds between them, doubling
+TIMEOUT, TRIES, PAUSE = (15, 30), 6, 1.0   # seconds to connect, without a byte; vain tries; pause, doubling
 VOCABULARY = "bpe_simple_vocab_16e6.txt.gz"
 META = "https://dl.fbaipublicfiles.com/dinov2/dinov2_"         # Meta's own host
 AZURE = "https://openaipublic.azureedge.net/clip/"             # down at times; what it copies is BLOB
@@ -128,10 +128,9 @@ def append(url: str, part, have: int, size: int | None) -> None:
         for chunk in reply.iter_content(1 << 16):
             done, now = done + part.write(chunk[:total - done]), time.monotonic()
             if now - shown > (0.5 if live else 30) or done == total:      # a terminal's line is rewritten
-                shown, rate = now, (done - start) / (now - begun + 1e-9)  # bytes a second
-                print(f"{part.name[:-5]} {done / total:4.0%} of {total / 1e6:.0f} MB, {rate / 1e6:.1f} MB/s, "
-                      f"{(total - done) / rate:.0f} s left ", file=sys.stderr,
-                      end="\r" if live and done < total else "\n")
+                shown, left = now, (total - done) * (now - begun) / (done - start + 1e-9)   # seconds
+                text = f"{part.name[:-5]} {done / total:4.0%} of {total / 1e6:.0f} MB, {left:.0f} s left "
+                print(text, file=sys.stderr, end="\r" if live and done < total else "\n")
             if done == total:
                 return os.fsync(part.fileno())            # on the disk before it gets its name
         raise requests.ConnectionError(f"closed after {done} of {total} bytes")     # what came is kept
@@ -244,13 +243,10 @@ DETRIS = {                             # pieces of the authors' names -> ours, r
 
 def from_detris(state: dict) -> dict:
     """The authors' state in our names; what DETRIS does not know keeps its own: load_checked refuses it."""
-    ours = {}
-    for key, value in state.items():
-        key = "." + key
-        for theirs, piece in DETRIS.items():
-            key = key.replace(theirs, piece)
-        turned = key == ".neck.levels.2.conv.weight"      # theirs is a transposed 1x1 convolution
-        ours[key[1:]] = value.transpose(0, 1) if turned else value
+    rename = lambda key: functools.reduce(lambda k, pair: k.replace(*pair), DETRIS.items(), "." + key)[1:]
+    ours = {rename(key): value for key, value in state.items()}
+    if (turned := "neck.levels.2.conv.weight") in ours:   # theirs is a transposed 1x1 convolution
+        ours[turned] = ours[turned].transpose(0, 1)
     return ours
 
 
@@ -263,11 +259,6 @@ def detris_config(state: dict) -> dict:
         vision_width=width, vision_depth=depth, vision_heads=width // 64, taps=(depth // 3, 2 * depth // 3),
         visual_layers=blocks(r"vision.blocks.(\d+).adapter"), visual_rank=size("vision.*adapter.down.bias"),
         text_layers=blocks(r"text.*blocks.(\d+).adapter"), text_rank=size("text.*adapter.down.bias"))
-
-
-def load_detris(model: DCRIS, path: str | Path) -> None:
-    """The authors' checkpoint without its optimizer, into a model of the configuration that fits it."""
-    load_checked(model, read_checkpoint(path)["model"])
 
 
 def load_encoders(model: DCRIS) -> None:
@@ -317,8 +308,7 @@ def load_trained(model: DCRIS, saved: dict) -> None:
 
 def load_model(path_or_name: str | Path, device: str = "cpu") -> DCRIS:
     """A model in eval mode, from our checkpoint, an authors' file, or a release's name (detris_b_refcoco)."""
-    path = download(RELEASES[path_or_name][0]) if path_or_name in RELEASES else path_or_name
-    saved = read_checkpoint(path)
+    saved = read_checkpoint(download(RELEASES[path_or_name][0]) if path_or_name in RELEASES else path_or_name)
     model = DCRIS(Config(**saved["config"]))
     load_trained(model, saved)
     return model.to(device).eval()                        # dropout off, BatchNorm by its averages
@@ -327,12 +317,10 @@ def load_model(path_or_name: str | Path, device: str = "cpu") -> DCRIS:
 def main(argv: list[str] | None = None) -> None:
     """Exit status 0: done; 1: a file could not be had, or is damaged; 2: there is no such name."""
     p = argparse.ArgumentParser(description="List, fetch and check the released files.")
-    p.add_argument("names", nargs="*", help=" ".join(NEEDS))  # none: the list
+    p.add_argument("names", nargs="*", choices=NEEDS, help="none: the list")
     p.add_argument("--weights", default="weights", help="folder of the weights")
     p.add_argument("--data_root", default="data", help="folder of the data (*.zip)")
     args = p.parse_args(argv)
-    if unknown := set(args.names) - set(NEEDS):
-        p.exit(2, f"no such name: {' '.join(unknown)}; there are: {' '.join(NEEDS)}\n")
     root = lambda name: args.data_root if name.endswith(".zip") else args.weights
     try:
         for name in (file for asked in args.names for file in NEEDS[asked]):
