@@ -13,7 +13,6 @@ from collections import OrderedDict
 
 import torch
 import torch.distributed as dist
-import torch.distributed.nn as dist_nn
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -102,6 +101,20 @@ class ConvBN(nn.Module):
         return F.relu(self.bn(self.conv(x)))
 
 
+class Gather(torch.autograd.Function):
+    """All processes' samples, (B, ...) -> (world * B, ...); the gradient of each comes back summed."""
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        parts = [torch.empty_like(x) for _ in range(dist.get_world_size())]
+        dist.all_gather(parts, x)
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> Tensor:
+        dist.all_reduce(grad := grad.contiguous())
+        return grad.chunk(dist.get_world_size())[dist.get_rank()]
+
+
 class SharedBatchNorm(nn.modules.batchnorm._BatchNorm):
     """BatchNorm over the batch of all processes, for CPUs, where torch's SyncBatchNorm does not run.
 
@@ -113,7 +126,7 @@ class SharedBatchNorm(nn.modules.batchnorm._BatchNorm):
     def forward(self, x: Tensor) -> Tensor:
         if not self.training:
             return super().forward(x)
-        everyone = super().forward(torch.cat(dist_nn.all_gather(x.contiguous())))
+        everyone = super().forward(Gather.apply(x.contiguous()))
         return everyone.chunk(dist.get_world_size())[dist.get_rank()]
 
 

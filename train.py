@@ -37,7 +37,7 @@ LOG_EVERY = 25                                            # steps
 ADVICE = {                                                # what torch's error holds -> what to do about it
     "out of memory": "lower --batch_size, or reach it in parts with --accumulate 2, 4, ...",
     "allocate memory": "lower --batch_size, or reach it in parts with --accumulate 2, 4, ...",
-    "losed by peer": "another process ended first: its own message says why; go on with --resume",
+    " by peer": "another process ended first: its own message says why; go on with --resume",
     "DataLoader worker": "a loader process was killed, mostly for memory: set fewer --workers, or 0"}
 
 
@@ -117,8 +117,8 @@ def read_values(unread: list[Tensor], step: int, lr: float, batches: TrainBatche
             whole = TrainBatches(batches.dataset, cfg)    # the parts of all processes
             ids = [batches.dataset.object_id(i) for part in range(cfg.accumulate)
                    for i, _ in whole.pairs(at * cfg.accumulate + part)]
-            raise ValueError(f"step {at + 1}: loss {loss}, gradient {norm}, learning rate {lr:.2e}; lower --lr or "
-                             f"set --clip, and go on with --resume {cfg.out}/last.pt. Its objects: {ids}")
+            raise ValueError(f"step {at + 1}: loss {loss}, gradient {norm}, learning rate {lr:.2e}; lower "
+                             f"--lr or set --clip, and --resume {cfg.out}/last.pt. The step's objects: {ids}")
     return values
 
 
