@@ -453,15 +453,16 @@ def test_cache_survives_kills_and_equals_the_photos():
 class Server(http.server.BaseHTTPRequestHandler):          # serves BYTES in the way that the path names
     log_message = lambda *_: None
     def do_GET(self):
-        way, body = self.path.split("/")[1], BYTES
+        way, body = self.path.split("/")[-2], BYTES        # a proxy is asked for the whole address
         start = 0 if way == "norange" else int(self.headers["Range"][6:-1])
         if way == "gone" or start >= len(body):
             return self.send_error(404 if way == "gone" else 416)
         body = {"html": b"<html>log in</html>", "wrong": body[::-1]}.get(way, body)
         self.send_response(206 if start else 200)
-        self.send_header("Content-Range", f"bytes {start}-{len(body) - 1}/{len(body)}")
+        claimed = len(body) + 9 * (way == "lies")
+        self.send_header("Content-Range", f"bytes {start}-{claimed - 1}/{claimed}")
         self.send_header("Content-Type", f"text/{way}")
-        self.send_header("Content-Length", str(len(body) - start))
+        self.send_header("Content-Length", str(claimed - start))
         self.end_headers()
         with contextlib.suppress(OSError):                 # the client may be killed
             for i in range(start, min(len(body), start + 900_000) if way == "cut" else len(body), 30_000):
@@ -474,15 +475,19 @@ def test_a_download_is_right_or_gets_no_name_whatever_happens():
     for ways, size, part, words in (                       # part: from before; words: of the error
             ("good", None, b"another file", ""), ("good", n, BYTES + b"more", ""), ("norange", n, b"?", ""),
             ("good", None, BYTES, ""), ("cut", None, b"", ""), ("stall", n, b"", ""), ("slow", n, b"", ""),
-            ("gone html wrong good", n, b"", ""), ("html", None, b"", "text/html"), ("good", n, b"", "disk"),
+            ("gone html wrong good", n, b"", ""), ("lies good", None, b"", ""), ("proxied", n, b"", ""),
+            ("html", None, b"", "text/html"), ("good", n, b"", "disk"),
             ("wrong", n, b"", hashlib.sha256(BYTES[::-1]).hexdigest()), ("good", n + 9, b"", "3000009")):
-        folder, host = new_folder(), f"http://127.0.0.1:{server.server_port}"
+        folder, here, proxy = new_folder(), f"http://127.0.0.1:{server.server_port}", ways == "proxied"
+        host = "http://no.such.host" if proxy else here
         files = {"f": (size, "", [f"{host}/{w}/" for w in ways.split()], hashlib.sha256(BYTES).hexdigest())}
-        room, fetch = Mock(free=n - (words == "disk")), lambda: weights.download("f", folder)
+        room, fetch = Mock(free=n - 1 if words == "disk" else 2 * n), lambda: weights.download("f", folder)
         (folder / "f.part").write_bytes(part)
         with (patch.multiple(weights, FILES=files, NEEDS={"name": ["f"]}, TIMEOUT=(0.5, 0.5), PAUSE=0.001,
                              TRIES=1 if ways == "norange" else 6),
-              patch("shutil.disk_usage", return_value=room), contextlib.redirect_stderr(io.StringIO())):
+              patch("shutil.disk_usage", return_value=room),
+              patch.dict(os.environ, dict(http_proxy=here) if proxy else {}),
+              contextlib.redirect_stderr(io.StringIO())):
             if words:
                 raises(OSError, f"{words} {folder}/f", fetch)
                 raises(FileNotFoundError, "f missing weights.py name", lambda: weights.find("f", folder))
@@ -509,6 +514,13 @@ def test_unpacking_writes_only_what_is_needed_inside_the_folder():
     path.write_bytes(path.read_bytes().replace(b"content", b"contend", 1))
     raises(ValueError, "unpacked", lambda: weights.unpack(path))
     assert read()["refcoco/instances.json"] == "cut" and len(os.listdir(path.parent)) == 2
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("refcoco/instances.json", 3 * BYTES.hex())
+    for _ in range(10):
+        forked(lambda: weights.unpack(path), kill=(0.01, 0.1))
+        assert read()["refcoco/instances.json"] in ("cut", 3 * BYTES.hex())
+    weights.unpack(path)
+    assert len(read()) == 2 and read()["refcoco/instances.json"] == 3 * BYTES.hex()
 
 def clip_archive(path: Path, **changes) -> dict:           # TorchScript in half precision; SMALL's text state
     text = {k: torch.randn(v.shape).half() for k, v in small(text_layers=()).text.state_dict().items()}

@@ -261,6 +261,11 @@ def detris_config(state: dict) -> dict:
         text_layers=blocks(r"text.*blocks.(\d+).adapter"), text_rank=size("text.*adapter.down.bias"))
 
 
+def load_detris(model: DCRIS, path: str | Path) -> None:
+    """The authors' checkpoint without its optimizer, into a model of the configuration that fits it."""
+    load_checked(model, read_checkpoint(path)["model"])
+
+
 def load_encoders(model: DCRIS) -> None:
     """The released files in the folder config.weights into both encoders, unless that is none."""
     root, letter = model.config.weights, {384: "s", 1024: "l"}.get(model.config.vision_width, "b")  # S, L, B
