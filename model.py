@@ -349,10 +349,10 @@ class Decoder(nn.Module):
 
 
 class UpConvBN(ConvBN):
-    """ConvBN, 3x3, of its input's bilinear enlargement, (B, C, h, h) -> (B, c, 2h, 2h); same parameters.
+    """ConvBN, 3x3, of its input's bilinear enlargement: (B, C, h, h) -> (B, c, 2h, 2h).
 
-    Enlarging and convolving are both linear, so channels mix first, in the small map, for a quarter of the
-    products. What is left acts on rows and columns alone: the nine shifts of the enlargement, two matrices.
+    Both steps are linear, so channels mix first, in the small map, for a quarter of the products; then one
+    matrix enlarges and shifts columns, and rows.
     """
     def __init__(self, inputs: int, outputs: int, side: int):
         super().__init__(inputs, outputs, 3)
@@ -384,14 +384,11 @@ class Projector(nn.Module):
     def forward(self, x: Tensor, sentence: Tensor) -> Tensor:
         x = self.up(x)                                                     # (B, c, 4h, 4w)
         kernel, bias = self.kernel(sentence).split([9 * x.shape[1], 1], dim=1)
-        kernel = kernel.unflatten(1, (-1, 9)).transpose(1, 2)              # (B, 9, c)
+        kernel = kernel.unflatten(1, (-1, 9)).transpose(1, 2).flip(1)      # (B, 9, c), last place first
         # F_c is mix(x) and the logits are F_c's 3x3 convolution with the kernel. Both are linear, so the
-        # kernel takes mix's weights in, nine maps come of one product, and the shifts add them up.
+        # kernel takes mix's weights in, nine maps come of one product, and fold shifts and adds them.
         maps = (kernel @ self.mix.weight.flatten(1)) @ x.flatten(2) + kernel @ self.mix.bias[:, None]
-        maps = F.pad(maps.unflatten(2, x.shape[2:]), (1, 1, 1, 1))         # (B, 9, 4h + 2, 4w + 2)
-        H, W = x.shape[2:]
-        shifted = [maps[:, 3 * i + j, i:i + H, j:j + W] for i in range(3) for j in range(3)]
-        return (sum(shifted) + bias[:, :, None])[:, None]
+        return F.fold(maps, x.shape[2:], kernel_size=3, padding=1) + bias[:, :, None, None]
 
 
 class DCRIS(nn.Module):
