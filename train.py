@@ -197,7 +197,7 @@ def main(argv: list[str] | None = None) -> None:
     raw = DCRIS(cfg)
     load_trained(raw, saved) if saved else load_encoders(raw)
     raw = share_batchnorm(raw, device) if world > 1 else raw
-    raw.to(device).train()
+    raw.to(device, memory_format=torch.channels_last).train()
     counts = raw.parameter_counts()
     say("parameters: " + ", ".join(f"{name} {n:,}" for name, n in counts.items()))
     model = torch.compile(raw) if cfg.compile else raw
