@@ -373,8 +373,8 @@ class Projector(nn.Module):
 
 
 class DCRIS(nn.Module):
-    """The whole model. image (P, 3, H, W) uint8 0 ... 255, or float already normalised; tokens (B, L) int64
-    with 0 for padding; photo (B,) as in VisionTransformer -> logits (B, 1, 4h, 4w) float32.
+    """The whole model. image (P, 3, H, W) uint8 0 ... 255, or float already normalised; tokens (T, L) int64
+    with 0 for padding; photo, phrase (B,): each pair's rows there, or None -> logits (B, 1, 4h, 4w) float32.
     """
     def __init__(self, config: Config):
         super().__init__()
@@ -390,12 +390,12 @@ class DCRIS(nn.Module):
                 if isinstance(module, (DenseCrossAdapter, TextAdapter, DenseTextAdapter)):
                     module.requires_grad_(True)
 
-    def forward(self, image: Tensor, tokens: Tensor, photo: Tensor | None = None) -> Tensor:
+    def forward(self, image: Tensor, tokens: Tensor, photo: Tensor | None = None, phrase=None) -> Tensor:
         if image.dtype == torch.uint8:
             image = (image - self.mean) / self.std
-        words, sentence = self.text(tokens)
+        words, sentence, pad = (x if phrase is None else x[phrase] for x in (*self.text(tokens), tokens == 0))
         fused = self.neck(self.vision(image, words, photo), sentence)
-        fused = self.decoder(fused, words, pad=tokens == 0)
+        fused = self.decoder(fused, words, pad)
         return self.projector(fused, sentence).float()
 
     def parameter_counts(self) -> dict[str, int]:

@@ -180,7 +180,7 @@ def test_whole_model_equals_the_original_at_every_stage():
     seen["text_features"], seen["sentence"] = seen.pop("text")
     for name, output in seen.items():
         close(output.reshape(theirs[name].shape), theirs[name], 1e-5, name)
-    grown = restore_probabilities(theirs["logits"][0], (112, 112), 112, "detris")    # no letterbox to undo
+    grown = restore_probabilities(theirs["logits"], [(112, 112)], 112, "detris")[0]
     close(grown, theirs["sigmoid_bicubic_aligncorners"][0, 0], 1e-4, "probability")
 
 

@@ -27,9 +27,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from adapters import share_batchnorm
 from data import Dataset, letterbox_mask, open_dataset
-from evaluate import (collate, draw_curves, draw_panels, evaluate, pick_device, precision, table,
-                      tokenizer_for)
+from evaluate import evaluate, precision, showcase, start_processes, table, tokenizer_for
 from model import DCRIS, Config, contrastive_loss, parse_config
+from pictures import draw_curves, draw_panels
 from weights import load_encoders, load_trained, read_checkpoint, save_checkpoint
 
 LOG_EVERY = 25                                            # steps
@@ -42,18 +42,6 @@ def lr_factor(cfg: Config, done: float) -> float:
     if cfg.schedule == "cosine":
         return 0.5 + 0.5 * math.cos(math.pi * (done - cfg.warmup) / (1 - cfg.warmup))
     return 0.1 ** sum(done * cfg.epochs >= epoch for epoch in cfg.lr_steps)
-
-
-def start_processes(cfg: Config) -> tuple[int, int, torch.device]:
-    """(rank, world size, device); joins the group where torchrun started this process."""
-    device, world = pick_device(cfg.device), int(os.environ.get("WORLD_SIZE", 1))
-    if world == 1:
-        return 0, 1, device
-    if device.type == "cuda":
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-        torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    return dist.get_rank(), world, device
 
 
 # ---- batches ----
@@ -95,10 +83,13 @@ class TrainBatches(torch.utils.data.Dataset):
         return chosen
 
     def __getitem__(self, step: int) -> dict:
-        pairs, cfg = self.pairs(step), self.cfg
-        batch = collate(self.dataset, pairs, self.tokenizer, cfg, share=self.dataset.per_photo > 1)
-        masks = [letterbox_mask(self.dataset.mask(i), cfg.image_size, cfg.mask_rule) for i, _ in pairs]
-        return batch | dict(mask=torch.from_numpy(np.stack(masks))[:, None])
+        data, pairs, how = self.dataset, self.pairs(step), (self.cfg.image_size, self.cfg.mask_rule)
+        images = np.stack([data.square(i, *how) for i, _ in pairs[::data.per_photo]])  # (P, size, size, 3)
+        masks = np.stack([letterbox_mask(data.mask(i), *how) for i, _ in pairs])
+        photo = torch.arange(len(pairs)) // data.per_photo                            # (B,) rows of image
+        return dict(image=torch.from_numpy(images).permute(0, 3, 1, 2).contiguous(),
+                    photo=photo if data.per_photo > 1 else None, mask=torch.from_numpy(masks)[:, None],
+                    tokens=self.tokenizer([data.sentences(i)[k] for i, k in pairs], self.cfg.text_length))
 
 
 def cache_photos(dataset: Dataset, folder: str | Path, size: int, rule: str = "aligned") -> None:
@@ -139,7 +130,7 @@ def train_step(model: nn.Module, optimizer: torch.optim.Optimizer, batch: dict, 
                device: torch.device) -> tuple[Tensor, Tensor]:
     """One update. Returns loss and gradient norm (before clipping) as tensors on the device, not read yet."""
     batch = {k: v.to(device, non_blocking=True) for k, v in batch.items() if isinstance(v, Tensor)}
-    with precision(cfg, device):
+    with precision(cfg.bf16, device):
         logits = model(batch["image"], batch["tokens"], batch.get("photo"))
     loss = contrastive_loss(logits, batch["mask"].float() / 255, cfg.mask_rule)
     optimizer.zero_grad(set_to_none=True)
@@ -190,7 +181,7 @@ def main(argv: list[str] | None = None) -> None:
     if cfg.resume:
         saved = read_checkpoint(cfg.resume)
         cfg = parse_config(argv, saved["config"])
-    rank, world, device = start_processes(cfg)
+    rank, world, device = start_processes(cfg.device)
     say = print if rank == 0 else lambda *_, **__: None
     torch.manual_seed(cfg.seed)
     raw = DCRIS(cfg)
@@ -272,8 +263,8 @@ def main(argv: list[str] | None = None) -> None:
                     save_checkpoint(out / "best.pt", raw, step=step, best=best)
                 save_checkpoint(out / "last.pt", raw, **state)
     if rank == 0:
-        draw_curves(out / "log.jsonl", out / "curves.png")
-        draw_panels(keep[:6], val_set, out / "panels.png")
+        draw_curves([out / "log.jsonl"], out / "curves.png")
+        draw_panels(showcase({"prediction": raw}, val_set, keep), out / "panels.png")
         print(table(scores))
         print(f"done in {(time.time() - started) / 60:.1f} min: {out}/best.pt, mIoU {100 * best:.2f} on val; "
               f"look at {out}/panels.png and {out}/curves.png")
