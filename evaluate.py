@@ -169,10 +169,11 @@ def summarise(rows: list[dict]) -> dict:
 def predict(model: DCRIS, batch: dict, sizes: list, threshold: float | None = None,
             bf16: bool = False) -> tuple[list[Tensor], Tensor]:
     """B masks at their photos' sizes, and scores (B,), the mean probability inside each; on the device."""
-    cfg, device = model.config, model.mean.device
+    cfg, device, training = model.config, model.mean.device, model.training
     inputs = [batch[x].to(device, non_blocking=True) for x in ("image", "tokens", "photo", "phrase")]
     with precision(bf16, device):
-        logits = model(*inputs)
+        logits = model.eval()(*inputs)
+    model.train(training)                                 # as it was
     prob = logits.sigmoid().flatten(1)                    # on the grid, the same for any size of photo
     inside = prob > (threshold or THRESHOLD[cfg.mask_rule])
     score = (prob * inside).sum(1) / inside.sum(1).clamp(min=1)
@@ -183,19 +184,16 @@ def evaluate(model: DCRIS, dataset: Dataset, batch_size: int = 32, workers: int 
              shuffle_text: bool = False, threshold: float | None = None, rank: int = 0, world: int = 1,
              keep: list | None = None, bf16: bool = False) -> dict:
     """summarise() of all sentences of a split, each scored at its photo's own size; the same in every
-    process, as one sum joins their disjoint rows. keep: gets a dict a sentence. The model's mode is put back.
-    """
-    device, training, rows = model.mean.device, model.training, [] if keep is None else keep
+    process, as one sum joins their disjoint rows. keep: gets a dict a sentence."""
+    device, rows = model.mean.device, [] if keep is None else keep
     batches = EvalBatches(dataset, model.config, batch_size, rank, world, shuffle_text)
     counts = torch.zeros(len(batches.pairs), 4, device=device)
-    model.eval()
     for batch in DataLoader(batches, None, sampler=range(len(batches.chunks)), num_workers=workers):
         truths = [truth.to(device, non_blocking=True) for truth in batch["truth"]]
         preds, scores = predict(model, batch, [truth.shape for truth in truths], threshold, bf16)
         for row, pred, truth, score in zip(batch["rows"], preds, truths, scores):      # waits for no result
             inter, union, share = (pred & truth).sum(), (pred | truth).sum(), truth.float().mean()
             counts[row] = torch.stack([inter, union, share, score])
-    model.train(training)
     if world > 1:
         dist.all_reduce(counts)
     for (i, k), (j, said), (inter, union, share, score) in zip(batches.pairs, batches.words, counts.tolist()):
@@ -257,16 +255,16 @@ def export(model: DCRIS, path: str | Path) -> None:
 
 def benchmark(model: DCRIS, dataset: Dataset, args: argparse.Namespace) -> dict:
     """Sentences a second over the first objects, one by one and in batches, in float32 and bf16, in turns."""
-    few, spent = copy.copy(dataset), np.zeros((2, 2))     # seconds, [bf16, batches]
+    device, few, spent = model.mean.device, copy.copy(dataset), np.zeros((2, 2))       # seconds[bf16, many]
     few.ends = dataset.ends[:args.benchmark + 1]
     for turn, bf16, many in itertools.product(range(4), (0, 1), (0, 1)):
         started = time.perf_counter()
         n = evaluate(model, few, args.batch_size if many else 1, args.workers, bf16=bool(bf16))["n"]
         spent[bf16, many] += (time.perf_counter() - started) * (turn > 0) / 3          # the first warms up
     (one, many), (one_bf16, many_bf16) = (n / spent).round(2).tolist()
-    return dict(one_by_one_per_s=one, batched_per_s=many, ratio=round(many / one, 2), sentences=n,
-                one_by_one_bf16_per_s=one_bf16, batched_bf16_per_s=many_bf16, bf16_adds=round(many_bf16 / many, 2),
-                batch_size=args.batch_size, device=str(model.mean.device), torch=torch.__version__)
+    return dict(one_by_one=one, batched=many, ratio=round(many / one, 2), unit="sentences/s",
+                one_by_one_bf16=one_bf16, batched_bf16=many_bf16, bf16_adds=round(many_bf16 / many, 2),
+                sentences=n, batch_size=args.batch_size, device=str(device), torch=torch.__version__)
 
 
 def segment_photos(model: DCRIS, args: argparse.Namespace) -> None:

@@ -32,11 +32,13 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils._pytree import tree_leaves
 
 import data
+import pictures
 import train
 import weights
 from adapters import Attention, DenseCrossAdapter, DenseTextAdapter
 from data import Shapes, Tokenizer, letterbox, letterbox_mask, open_dataset, open_image, segmentation_to_mask
-from evaluate import EvalBatches, evaluate, metrics, restore_masks, restore_probabilities
+from evaluate import (EvalBatches, evaluate, groups_of, main as command_line, metrics, restore_masks,
+                      restore_probabilities, segment, summarise)
 from model import PRESETS, DCRIS, Config, TextTransformer, VisionTransformer, contrastive_loss, parse_config
 
 HERE = Path(__file__).resolve().parent
@@ -180,7 +182,7 @@ def test_whole_model_equals_the_original_at_every_stage():
     seen["text_features"], seen["sentence"] = seen.pop("text")
     for name, output in seen.items():
         close(output.reshape(theirs[name].shape), theirs[name], 1e-5, name)
-    grown = restore_probabilities(theirs["logits"], [(112, 112)], 112, "detris")[0]
+    (grown,) = restore_probabilities(theirs["logits"][:1], [(112, 112)], 112, "detris")  # nothing to cut off
     close(grown, theirs["sigmoid_bicubic_aligncorners"][0, 0], 1e-4, "probability")
 
 
@@ -808,7 +810,7 @@ def test_train_and_evaluate_write_what_they_promise():
     validated = {line["step"]: line["mIoU"] for line in log_of(out) if "mIoU" in line}
     assert list(validated) == [2, 3, 5, 6]
     said = run("evaluate.py", "--checkpoint", best, "--json", out / "s.json", "--panels", out / "p.png")
-    scores = json.loads((out / "s.json").read_text())
+    (scores,) = json.loads((out / "s.json").read_text())
     assert scores["n"] == 34 and scores["mIoU"] == max(validated.values()) and "mIoU" in said
     run("evaluate.py", "--checkpoint", best, "--image", photo, "--text", "grey", "--out", out / "m.png")
     assert Image.open(out / "m.png").size == Image.open(out / "m_overlay.png").size == (40, 30)
@@ -853,6 +855,96 @@ def test_two_processes_equal_one():
     one, two = (weights.read_checkpoint(out / f"{x}/last.pt")["model"] for x in ("one", "two"))
     for name in one:                                       # they have moved by 3e-3
         close(one[name].float(), two[name].float(), 5e-4, name)
+
+
+# ---- evaluation and prediction ----
+def taps(at: np.ndarray, n: int, a: float | None = None, clamp: bool = True) -> Tensor:
+    """(places, n): weights of n samples at the indices `at`: cubic with a, else linear; edges repeat, or are 0."""
+    k = np.floor(at)[:, None] + np.arange(-1, 3)                       # (places, 4) neighbours
+    t = np.abs(at[:, None] - k)
+    cubic = a and np.where(t <= 1, (a + 2) * t ** 3 - (a + 3) * t ** 2 + 1, a * (t ** 3 - 5 * t ** 2 + 8 * t - 4))
+    hits = (np.clip(k, 0, n - 1) if clamp else k)[..., None] == np.arange(n)
+    return torch.from_numpy(((cubic if a else np.maximum(0, 1 - t))[..., None] * hits).sum(1)).float()
+
+
+def test_both_rules_are_what_they_say_written_as_matrices():
+    """Grid of 8 -> square of 40 -> photos of 30x50 and 50x30, mixed in one batch."""
+    logits, sizes = torch.randn(5, 1, 8, 8), [(30, 50), (30, 50), (50, 30), (30, 50), (50, 30)]
+    for rule, grown in (("aligned", (np.arange(40) + 0.5) / 5 - 0.5), ("detris", np.arange(40) * 7 / 39)):
+        def back(side):                                    # (side, 8): one axis of the way to the photo
+            first, n, at = (40 - 4 * side // 5) // 2, 4 * side // 5, np.arange(side)
+            if rule == "detris":                           # indices; nothing beyond the square
+                return taps(0.8 * at + first, 40, -0.75, clamp=False) @ taps(grown, 8, -0.75)
+            return taps((at + 0.5) * 0.8 - 0.5, n) @ taps(grown, 8, -0.75)[first:first + n]      # centres
+        found = restore_probabilities(logits, sizes, 40, rule)
+        for logit, (H, W), prob in zip(logits, sizes, found, strict=True):
+            close(prob, back(H) @ logit[0].sigmoid() @ back(W).T, 1e-5, rule)
+
+
+def test_batched_scores_equal_one_by_one():
+    """In any batch size, photos and phrases shared, as by segment; the model's mode is put back."""
+    model, val, one, many = small().train(), open_dataset("refcoco", "val", make_refcoco()), [], []
+    scores = evaluate(model, val, 1, keep=one)
+    assert scores == evaluate(model, val, 23, keep=many) and len(one) == scores["n"] == 34 and model.training
+    assert all(abs(a.pop("score") - b.pop("score")) < 1e-5 and a == b for a, b in zip(one, many))
+    batch = EvalBatches(val, model.config, 23)[0]
+    assert [len(batch[x]) for x in ("image", "tokens", "photo", "phrase")] == [2, 3, 23, 23]
+    mask, score = segment(model, val.photo(1), "photo 4")
+    assert one[17]["phrase"] == "photo 4" and (mask & val.mask(1)).sum() == one[17]["inter"] and score > 0.5
+    assert abs(evaluate(model, val, bf16=True)["mIoU"] - scores["mIoU"]) < 0.02
+
+
+def test_reports_add_up_by_hand():
+    rows = [dict(photo=photo, inter=inter, union=4.0, iou=inter / 4, groups=groups_of(phrase, kind, share))
+            for photo, inter, phrase, kind, share in (
+                ("a", 4.0, "Leftmost cup", "position", 0.01), ("b", 0.0, "second cup left of it", "", 0.05),
+                ("b", 0.0, "cup", "", 0.2), ("b", 0.0, "the cup that is behind the other one", "", 0.2))]
+    scores = summarise(rows)
+    assert scores["mIoU"] == scores["oIoU"] == 0.25 and scores["groups"]["says left"]["mIoU"] == 0.5
+    assert {name: group["n"] for name, group in scores["groups"].items()} == {
+        "kind position": 1, "object 2-10 %": 1, "object < 2 %": 1, "object > 10 %": 2, "says behind": 1,
+        "says left": 2, "says second": 1, "words 1-2": 2, "words 5-7": 1, "words 8 or more": 1}
+    assert all(scores["from"][x] == 0 and scores["to"][x] == 1 for x in ("mIoU", "oIoU"))  # photos: twice a
+
+
+def test_pictures_have_their_sizes_and_colours():
+    truth, pred, photo, path = *np.zeros((2, 60, 90), bool), Image.new("RGB", (90, 60)), new_folder() / "p.png"
+    truth[:, 10:40], pred[:, 20:50] = True, True
+    shown = pictures.paint(photo, pred, pictures.RED, truth)
+    assert [shown.getpixel((x, 30)) for x in (15, 30, 45)] == [pictures.BLUE, (0, 0, 0), pictures.RED]
+    for names, title, width in (("a", "cup", 936), ("ab", "cup", 936), ("abc", "чашка 左の " * 40, 1168)):
+        case = dict(title=title, photo=photo, truth=truth, preds=dict.fromkeys(names, pred))
+        pictures.draw_panels([case, case], path)
+        size = Image.open(path).size
+        assert size[0] == width and (size[1] == 2 * 294 or title != "cup" and size[1] > 600), size
+    (path.parent / "log").write_text('{"step": 5, "loss": 0.4}\n{"step": 9, "mIoU": 0.7}')
+    pictures.draw_curves(2 * [path.parent / "log"], path)
+    assert Image.open(path).size == (960, 430)
+
+
+def test_evaluates_photos_exports_and_refuses_as_promised():
+    """torchrun = one process; photos times texts; the export runs without the project; mistakes: one line."""
+    root, out = make_refcoco(), new_folder()
+    photo, call = root / "images/train2014/COCO_train2014_000000000000.jpg", ["--checkpoint", f"{out}/a.pt"]
+    weights.save_checkpoint(out / "a.pt", model := small(dataset="refcoco", data_root=str(root)).eval())
+    run(*"-m torch.distributed.run --standalone --nproc_per_node=2 evaluate.py --device cpu --json".split(),
+        out / "two", "--per_sentence", out / "rows", "--panels", out / "p.png", "--compare", out / "a.pt")
+    (report,), rows = json.loads((out / "two").read_text()), (out / "rows").read_text().splitlines()
+    assert report.items() > evaluate(model, open_dataset("refcoco", "val", root)).items() and len(rows) == 34
+    assert report["sha256"] == hashlib.sha256((out / "a.pt").read_bytes()).hexdigest()
+    command_line([*call, "--image", f"{photo}", f"{photo}", "--text", "grey", "b", "--out", f"{out}/m.png"])
+    assert len([*out.glob("m_*.png")]) == 8 and Image.open(out / "m_4.png").size == (40, 30)
+    command_line([*call, "--export", f"{out}/m.pt2"])
+    image, tokens, _ = random_batch(model.config).values()
+    torch.save((image, tokens), batch := f"{out}/batch.pt")
+    run("-c", f"import torch; m, (i, t) = torch.export.load('{out}/m.pt2').module(), torch.load('{batch}')\n"
+              f"torch.save([m(i, t), m(i[:1], t[:1])], '{batch}')")
+    for logits, n in zip(torch.load(batch), (4, 1), strict=True):
+        close(logits, model(image[:n], tokens[:n]), 1e-4)
+    for flags in ("--image a", "--text a", "--threshold 1", "--batch_size 0"):
+        with contextlib.redirect_stderr(io.StringIO()):
+            raises(SystemExit, "2", lambda: command_line(flags.split()))
+    raises(ValueError, "--device tpu", lambda: command_line(["--device", "tpu"]))
 
 
 def test_compiled_equals_eager():
