@@ -83,8 +83,9 @@ class EvalBatches:
     def __init__(self, dataset: Dataset, cfg: Config, batch_size: int, rank: int = 0, world: int = 1,
                  shuffle: bool = False):
         self.dataset, self.tokenizer, self.cfg = dataset, tokenizer_for(cfg), cfg
-        self.pairs = [(i, k) for i in range(len(dataset)) for k in range(len(dataset.sentences(i)))]
-        n = len(self.pairs)
+        pairs = [(i, k) for i in range(len(dataset)) for k in range(len(dataset.sentences(i)))]
+        n, place = len(pairs), {}                         # of each photo, so that its pairs are neighbours
+        self.pairs = sorted(pairs, key=lambda pair: place.setdefault(dataset.photo_key(pair[0]), len(place)))
         self.words = self.pairs[n // 2 * shuffle:] + self.pairs[:n // 2 * shuffle]
         self.chunks = [range(n)[start:start + batch_size] for start in range(0, n, batch_size)][rank::world]
 
@@ -125,11 +126,14 @@ def restore_probabilities(logits: Tensor, sizes: list, side: int, rule: str) -> 
 
 
 def restore_masks(logits: Tensor, sizes: list, image_size: int, rule: str = "aligned",
-                  threshold: float | None = None) -> list[Tensor]:
+                  threshold: float | None = None, scores: list | None = None) -> list[Tensor]:
     """logits (B, 1, 4h, 4w) -> B bool masks, one for each (H, W) of sizes: where the restored probability is
-    above the threshold (None: the rule's own)."""
+    above the threshold (None: the rule's own). scores: gets its mean inside each mask, 0 for an empty one."""
     probs = restore_probabilities(logits, sizes, image_size, rule)
-    return [prob > (THRESHOLD[rule] if threshold is None else threshold) for prob in probs]
+    masks = [prob > (THRESHOLD[rule] if threshold is None else threshold) for prob in probs]
+    if scores is not None:
+        scores += [(prob * mask).sum() / mask.sum().clamp(min=1) for prob, mask in zip(probs, masks)]
+    return masks
 
 
 def metrics(inter: np.ndarray, union: np.ndarray) -> dict[str, float]:
@@ -174,10 +178,8 @@ def predict(model: DCRIS, batch: dict, sizes: list, threshold: float | None = No
     with precision(bf16, device):
         logits = model.eval()(*inputs)
     model.train(training)                                 # as it was
-    prob = logits.sigmoid().flatten(1)                    # on the grid, the same for any size of photo
-    inside = prob > (threshold or THRESHOLD[cfg.mask_rule])
-    score = (prob * inside).sum(1) / inside.sum(1).clamp(min=1)
-    return restore_masks(logits, sizes, cfg.image_size, cfg.mask_rule, threshold), score
+    masks = restore_masks(logits, sizes, cfg.image_size, cfg.mask_rule, threshold, scores := [])
+    return masks, torch.stack(scores)
 
 
 def evaluate(model: DCRIS, dataset: Dataset, batch_size: int = 32, workers: int = 0,
@@ -287,9 +289,8 @@ def main(argv: list[str] | None = None) -> None:
                               shuffle_text=False, bf16=False, batch_size=32, workers=0, device="auto",
                               json="", per_sentence="", panels="", image=[], text=[], out="mask.png",
                               export="", benchmark=0).items():
-        kinds = {list: dict(nargs="+"), bool: dict(action=argparse.BooleanOptionalAction)}
-        kind = kinds.get(type(default), dict(type=type(default)))
-        p.add_argument(f"--{name}", default=default, help=f"default {default!r}", **kind)
+        kind = {list: dict(nargs="+"), bool: dict(action=argparse.BooleanOptionalAction)}.get(type(default))
+        p.add_argument(f"--{name}", default=default, help=f"{default}", **(kind or dict(type=type(default))))
     p.add_argument("--threshold", type=float, help="of the probability; default: the rule's own")
     args = p.parse_args(argv)
     if bool(args.image) != bool(args.text) or args.batch_size < 1 or not 0 <= (args.threshold or 0) < 1:
@@ -314,9 +315,9 @@ def main(argv: list[str] | None = None) -> None:
                               args.threshold, rank, world, rows, args.bf16)
             about = dict(checkpoint=path, dataset=name, split=split, shuffle_text=args.shuffle_text)
             sentences += [json.dumps(about | row) + "\n" for row in rows]
-            reports.append(about | dict(
-                sha256=digests[path], threshold=args.threshold or THRESHOLD[model.config.mask_rule],
-                bf16=args.bf16, torch=torch.__version__, config=vars(model.config)) | scores)
+            reports.append(about | scores | dict(
+                threshold=THRESHOLD[model.config.mask_rule] if args.threshold is None else args.threshold,
+                sha256=digests[path], config=vars(model.config), bf16=args.bf16, torch=torch.__version__))
             if rank == 0:
                 shuffled = ", phrases shuffled between photos" * args.shuffle_text
                 print(f"{path} on {name} {split}{shuffled}: {scores['n']} sentences, "

@@ -103,6 +103,6 @@ def save_image(image: Image.Image, path: str | Path) -> None:
 
 if __name__ == "__main__":
     try:
-        draw_curves(sys.argv[2:], *sys.argv[1:2])
-    except (ValueError, OSError, TypeError) as error:
+        draw_curves(sys.argv[2:], sys.argv[1]) if sys.argv[2:] else sys.exit(__doc__)
+    except (ValueError, OSError) as error:
         sys.exit(f"pictures.py: {error}")
