@@ -3,7 +3,7 @@
     python evaluate.py --split all --panels FILE.png             every split of the checkpoint's data set
     python evaluate.py --split val --shuffle_text                other photos' phrases: the score must fall
     python evaluate.py --compare A.pt B.pt --panels FILE.png     several checkpoints, side by side
-    python evaluate.py --image a.jpg b.jpg --text "left piece slice" "a plate" --out FOLDER     your photos
+    python evaluate.py --image a.jpg b.jpg --text "left piece slice" "a plate" --out FILE.png     own photos
     python evaluate.py --export model.pt2                        a file that runs with torch alone
     torchrun --standalone --nproc_per_node=2 evaluate.py --split all --json FILE --per_sentence FILE.jsonl
 """
