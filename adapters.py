@@ -16,7 +16,6 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-
 class Attention(nn.Module):
     """Multi-head attention (Vaswani et al. 2017, section 3.2.2); equals nn.MultiheadAttention, batch first.
 
@@ -50,7 +49,6 @@ class Attention(nn.Module):
         weight, bias = self.in_proj_weight.chunk(3)[2], self.in_proj_bias.chunk(3)[2]
         return self.out_proj(F.linear(value, weight, bias))
 
-
 class VisionAttention(nn.Module):
     """Self-attention over image tokens (B, S, C), under DINOv2's names. (B, S, C) -> (B, S, C)."""
     def __init__(self, width: int, heads: int):
@@ -62,17 +60,14 @@ class VisionAttention(nn.Module):
         q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)   # 3 x (B, nh, S, hd)
         return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
 
-
 class QuickGELU(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return x * torch.sigmoid(1.702 * x)
-
 
 def mlp(width: int, first: str, act: nn.Module, second: str) -> nn.Sequential:
     """Four times as wide inside; `first` and `second` are the released names of its two layers."""
     return nn.Sequential(OrderedDict({first: nn.Linear(width, 4 * width), "act": act,
                                       second: nn.Linear(4 * width, width)}))
-
 
 def sine_positions(length: int, width: int) -> Tensor:
     """Sine and cosine interleaved, base 10000 (Vaswani et al. 2017, section 3.5): (length, width)."""
@@ -80,13 +75,11 @@ def sine_positions(length: int, width: int) -> Tensor:
     angle = torch.arange(length)[:, None] * rate
     return torch.stack([angle.sin(), angle.cos()], dim=-1).flatten(1)
 
-
 def square_positions(side: int, width: int) -> Tensor:
     """The same for a square of patches, (side * side, width): first half of the width x, second half y."""
     line = sine_positions(side, width // 2)
     x, y = line[None].expand(side, -1, -1), line[:, None].expand(-1, side, -1)
     return torch.cat([x, y], dim=-1).flatten(0, 1)
-
 
 class ConvBN(nn.Module):
     """Convolution that keeps the size, BatchNorm, ReLU. dims 1: (B, C, L); dims 2: (B, C, h, w)."""
@@ -100,7 +93,6 @@ class ConvBN(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return F.relu(self.bn(self.conv(x)))
 
-
 class Gather(torch.autograd.Function):
     """All processes' samples, (B, ...) -> (world * B, ...); the gradient of each comes back summed."""
     @staticmethod
@@ -113,7 +105,6 @@ class Gather(torch.autograd.Function):
     def backward(ctx, grad: Tensor) -> Tensor:
         dist.all_reduce(grad := grad.contiguous())
         return grad.chunk(dist.get_world_size())[dist.get_rank()]
-
 
 class SharedBatchNorm(nn.modules.batchnorm._BatchNorm):
     """BatchNorm over the batch of all processes, for CPUs, where torch's SyncBatchNorm does not run.
@@ -129,7 +120,6 @@ class SharedBatchNorm(nn.modules.batchnorm._BatchNorm):
         everyone = super().forward(Gather.apply(x.contiguous()))
         return everyone.chunk(dist.get_world_size())[dist.get_rank()]
 
-
 def share_batchnorm(model: nn.Module, device: torch.device) -> nn.Module:
     """Make every BatchNorm see all processes' samples: torch's own on CUDA, ours elsewhere."""
     if device.type == "cuda":
@@ -138,7 +128,6 @@ def share_batchnorm(model: nn.Module, device: torch.device) -> nn.Module:
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
             module.__class__ = SharedBatchNorm            # same parameters and buffers, other forward
     return model
-
 
 class DenseBranches(nn.Module):
     """The densely connected prior of Eq. 1: each kernel size reads the input and all smaller ones' outputs.
@@ -159,7 +148,6 @@ class DenseBranches(nn.Module):
         third = self.branch3(torch.cat([x, first, second], 1))              # (B, r/4, ...)
         return torch.cat([first, second, third], 1)
 
-
 class CrossAttention(nn.Module):
     """F_MHCA of Eq. 2: patches ask, words answer, at a width of 128 whatever the rank is."""
     def __init__(self, rank: int, text_width: int, dropout: float, width: int = 128, heads: int = 8):
@@ -172,7 +160,6 @@ class CrossAttention(nn.Module):
     def forward(self, patches: Tensor, words: Tensor) -> Tensor:
         words = self.words(words)                                           # (B, L, 128)
         return self.back(self.attn(self.query(patches), words, words))      # no padding mask, as released
-
 
 class DenseCrossAdapter(nn.Module):
     """DenseCrossAdapter (paper, Eq. 1-2; DETRIS: DenseAligner). Its output is added, times 0.2, to an MLP's.
@@ -197,7 +184,6 @@ class DenseCrossAdapter(nn.Module):
         cross = self.cross(dense, words) + patches                          # (B, N, r), F_cross
         return self.up(torch.cat([prefix + prefix, cross], dim=1))
 
-
 class TextAdapter(nn.Module):
     """Text adapter (paper, Eq. 3): down, ReLU, up. (B, L, D) -> (B, L, D)."""
     def __init__(self, width: int, rank: int):
@@ -208,7 +194,6 @@ class TextAdapter(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.up(F.relu(self.down(x)))
-
 
 class DenseTextAdapter(nn.Module):
     """The release's text adapter (DETRIS: TextAdapter): Eq. 1's branches along the sentence, kernels 1, 3, 5.
@@ -226,7 +211,6 @@ class DenseTextAdapter(nn.Module):
         x = F.relu(self.down(x))                                            # (B, L, r), F_t
         dense = self.dense(x[:, 1:].transpose(1, 2)).transpose(1, 2)        # (B, L - 1, r)
         return self.up(torch.cat([x[:, :1], dense], dim=1) + x)
-
 
 def init_adapter(adapter: nn.Module) -> None:
     """Kaiming normal weights, zero biases, as released; no weight starts at zero, so adapters act at once."""

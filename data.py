@@ -36,7 +36,6 @@ REFCOCO = {                        # split -> objects, sentences of the release 
     "refcocog_google": dict(train=(44822, None), val=(5000, None)),
 }
 
-
 def read_file(path: str | Path, parse, fix: str):
     """parse(open file). A missing or damaged file raises an error that names it and says what to do."""
     if not Path(path).is_file():
@@ -47,7 +46,6 @@ def read_file(path: str | Path, parse, fix: str):
     except Exception as e:         # parsers raise nearly anything on a broken file
         why = f"{type(e).__name__}: {e}"
         raise ValueError(f"{path} cannot be read ({why}); if it is damaged, delete it and {fix}") from e
-
 
 # ---- phrases ----
 class Tokenizer:
@@ -108,13 +106,11 @@ class Tokenizer:
             self.cache[text] = [self.ids[symbol] for symbol in word]
         return self.cache[text]
 
-
 # ---- photos and masks ----
 def fit(width: int, height: int, size: int) -> tuple[int, int, int, int]:
     """Where a photo lies in its square under the aligned rule, whole pixels: (left, top, width, height)."""
     w, h = (max(1, round(n * min(size / width, size / height))) for n in (width, height))
     return (size - w) // 2, (size - h) // 2, w, h
-
 
 def letterbox(image: Image.Image, size: int, rule: str = "aligned") -> np.ndarray:
     """RGB photo -> uint8 (size, size, 3), cubic, on CLIP's mean colour; L mask -> (size, size), linear, on 0.
@@ -137,11 +133,9 @@ def letterbox(image: Image.Image, size: int, rule: str = "aligned") -> np.ndarra
     out = F.grid_sample(pixels.permute(2, 0, 1)[None], grid, mode, "zeros", align_corners=False)[0]
     return (out.permute(1, 2, 0).numpy().squeeze() + border).round().clip(0, 255).astype(np.uint8)
 
-
 def letterbox_mask(mask: np.ndarray, size: int, rule: str = "aligned") -> np.ndarray:
     """bool (H, W) -> uint8 (size, size), 0 ... 255."""
     return letterbox(Image.fromarray(mask.astype(np.uint8) * 255), size, rule)
-
 
 def open_image(source) -> Image.Image:
     """Path or open file -> RGB photo, upright. Transparency turns white; beyond 8 bits is scaled, not cut."""
@@ -158,7 +152,6 @@ def open_image(source) -> Image.Image:
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
     return image.convert("RGB")
 
-
 def read_mask(mask, height: int, width: int) -> np.ndarray:
     """Path of a PNG, or COCO's segmentation -> bool (H, W). In a PNG all that is not black is the object."""
     if not isinstance(mask, str):
@@ -166,7 +159,6 @@ def read_mask(mask, height: int, width: int) -> np.ndarray:
     image = read_file(mask, lambda f: Image.open(f).copy(), "export this mask again")
     pixels = np.asarray(image if len(image.getbands()) == 1 else image.convert("RGB"))  # palette: not entry 0
     return (pixels.reshape(image.height, image.width, -1) != 0).any(-1)
-
 
 def segmentation_to_mask(segmentation, height: int, width: int) -> np.ndarray:
     """COCO polygons [[x, y, x, y, ...], ...] or RLE {"counts", "size"} -> bool (H, W), bit for bit COCO's."""
@@ -186,7 +178,6 @@ def segmentation_to_mask(segmentation, height: int, width: int) -> np.ndarray:
     masks = [np.bincount(places, minlength=n + 1)[:n].cumsum() & 1 for places in flips]
     return np.any(masks, axis=0).reshape(width, height).T
 
-
 def unpack_counts(text: str | bytes) -> list[int]:
     """COCO's compressed run lengths: 5 bits a character, low bits first; differences to two runs before."""
     data = text.encode("latin1", "replace") if isinstance(text, str) else text
@@ -198,7 +189,6 @@ def unpack_counts(text: str | bytes) -> list[int]:
         value -= (number[-1] - 48 & 16) << 5 * len(number) - 4                # the sign
         counts.append(value + (counts[-2] if len(counts) > 2 else 0))
     return counts
-
 
 def polygon_flips(polygon: list, height: int, width: int) -> np.ndarray:
     """Where the outline crosses pixel columns, as x * height + y: rleFrPoly of COCO's maskApi.c, vectorised.
@@ -219,7 +209,6 @@ def polygon_flips(polygon: list, height: int, width: int) -> np.ndarray:
     left, top = np.minimum(x[1:], x[:-1]), np.minimum(y[1:], y[:-1])
     at = (edge[1:] == edge[:-1]) & (x[1:] != x[:-1]) & (left % 5 == 2) & (left >= 0) & (left < 5 * width)
     return left[at] // 5 * height + np.ceil((top[at] + .5) / 5 - .5).clip(0, height).astype(np.int64)
-
 
 # ---- data sets ----
 class Dataset:
@@ -272,7 +261,6 @@ class Dataset:
         n, row = size * size * 3, int(self.cache[1][i])
         return np.fromfile(self.cache[0], np.uint8, n, offset=row * n).reshape(size, size, 3)
 
-
 def cache_photos(dataset: Dataset, folder: str | Path, size: int, rule: str = "aligned") -> None:
     """Lets dataset.square read from one file in `folder`, which is built now unless it is there.
 
@@ -307,12 +295,10 @@ def cache_photos(dataset: Dataset, folder: str | Path, size: int, rule: str = "a
             os.replace(part.name, path)
     dataset.cache = (path, rows, size, rule)
 
-
 class PlainUnpickler(pickle.Unpickler):
     """Builds lists, dicts, strings and numbers, which is all that RefCOCO's files hold, and runs no code."""
     def find_class(self, module, name):
         raise pickle.UnpicklingError(f"it asks for {module}.{name}; RefCOCO's files hold plain data only")
-
 
 def read_refs(name: str, root: str | Path) -> list[dict]:
     """The refs of all splits, with what we need of them: those of refcocog_umd from refcocog/refs(umd).p."""
@@ -321,7 +307,6 @@ def read_refs(name: str, root: str | Path) -> list[dict]:
         dict(id=f"{name}/{r['split']}/ref {r['ref_id']} ann {r['ann_id']}", ann=r["ann_id"], split=r["split"],
              key=r["image_id"], sentences=[s["sent"] for s in r["sentences"]])
         for r in PlainUnpickler(f, encoding="latin1").load()], f"run python weights.py {folder}")
-
 
 def refcoco_records(name: str, split: str, root: str | Path) -> list[dict]:
     """RefCOCO's own files (github.com/lichengunc/refer) -> records for Dataset."""
@@ -352,14 +337,12 @@ def refcoco_records(name: str, split: str, root: str | Path) -> list[dict]:
 
     return read_file(Path(root) / source / "instances.json", join, f"run python weights.py {source}")
 
-
 def read_member(f, offset: int, size: int, method: int) -> io.BytesIO:
     """One file out of an open zip. Nothing stays open between calls: any number of processes may do this."""
     f.seek(offset + 26)            # in the local header: the lengths of name and extra field, then these
     f.seek(sum(np.frombuffer(f.read(4), "<u2").tolist()), os.SEEK_CUR)
     data = f.read(size)
     return io.BytesIO(zlib.decompressobj(-15).decompress(data, 1 << 28) if method else data)
-
 
 def jsonl_records(path: str | Path, split: str) -> list[dict]:
     """Your own data, an object a line: image, mask, sentences, maybe split; paths relative to the file.
@@ -391,7 +374,6 @@ def jsonl_records(path: str | Path, split: str) -> list[dict]:
         raise ValueError(f"{path} holds no line for split {split!r}")
     return records
 
-
 def mix_records(root: str | Path, leaky: bool) -> list[dict]:
     """Train of RefCOCO, RefCOCO+ and G-Ref (umd); unless leaky, without photos in val or test of any."""
     names = ("refcoco", "refcoco+", "refcocog_umd")
@@ -402,7 +384,6 @@ def mix_records(root: str | Path, leaky: bool) -> list[dict]:
     print(f"mix: {len(kept):,} of {len(records):,} objects, {left:,} of {photos:,} photos; rest held out")
     return kept
 
-
 # ---- shapes: rendered scenes with phrases that need language; no file, no network ----
 KINDS = {"circle": (40, 1, 1), "square": (4, 1.25, 1.25), "bar": (4, 1.65, 0.75), "pillar": (4, 0.75, 1.65)}
 COLOURS = {"red": (208, 52, 44), "green": (52, 158, 72), "blue": (48, 92, 200), "yellow": (236, 190, 40)}
@@ -412,7 +393,6 @@ MARGIN = 0.05                                             # what a phrase compar
 WAYS = {"left of": ("x", 1, "leftmost", "left"), "right of": ("x", -1, "rightmost", "right"),
         "above": ("y", 1, "top", "top"), "below": ("y", -1, "bottom", "bottom")}     # axis, direction, words
 Thing = namedtuple("Thing", "kind colour size x y radius angle")       # shares of the side; radians
-
 
 def phrases(things: list[Thing]) -> dict[str, list[tuple[int, str]]]:
     """All phrases that mean exactly one thing: kind of phrase -> (index of the thing meant, phrase)."""
@@ -436,7 +416,6 @@ def phrases(things: list[Thing]) -> dict[str, list[tuple[int, str]]]:
             for (_, i), rank in zip(order[1:-1], ("second", "third")):      # the last is the other end's
                 found["ordinal"].append((i, f"{rank} {noun} from the {side}"))
     return found
-
 
 class Shapes(Dataset):
     """Rendered scenes of 3 to 5 things, four phrases a scene in a row; the same for the same seed.
@@ -483,7 +462,6 @@ class Shapes(Dataset):
         ImageDraw.Draw(canvas).polygon(outline(self.record(i)["thing"], self.side), fill=255)
         return np.asarray(canvas) > 0
 
-
 def scatter(rng: np.random.Generator) -> list[Thing]:
     """3 to 5 things that do not touch, of at most 3 kinds and 3 colours."""
     kinds, colours = (rng.permutation(list(some))[:rng.integers(2, 4)] for some in (KINDS, COLOURS))
@@ -498,7 +476,6 @@ def scatter(rng: np.random.Generator) -> list[Thing]:
                                 rng.uniform(-0.15, 0.15)))
     return things
 
-
 def outline(thing: Thing, side: float) -> list[tuple[float, float]]:
     """The polygon in pixels of a scene of that side, turned by the thing's angle."""
     count, width, height = KINDS[thing.kind]              # corners, half width and height
@@ -506,7 +483,6 @@ def outline(thing: Thing, side: float) -> list[tuple[float, float]]:
     around = ((2 * k + 1) * math.pi / count for k in range(count))
     arms = [turn * complex(width * math.cos(a), height * math.sin(a)) for a in around]
     return [(side * thing.x + arm.real, side * thing.y + arm.imag) for arm in arms]
-
 
 def render(things: list[Thing], side: int, rng: np.random.Generator) -> Image.Image:
     """RGB picture: cloudy ground, shadows, colours that vary a little, light from above, grain."""
@@ -524,7 +500,6 @@ def render(things: list[Thing], side: int, rng: np.random.Generator) -> Image.Im
     picture = np.asarray(canvas.reduce(2)) * (light + grain)[..., None]
     return Image.fromarray(picture.clip(0, 255).astype(np.uint8))
 
-
 def open_dataset(name: str, split: str, root: str | Path = "data", seed: int = 0,
                  mix_leaky: bool = False) -> Dataset:
     """One split by name; mix: three training sets without photos of their val and test; val is RefCOCO's."""
@@ -540,6 +515,32 @@ def open_dataset(name: str, split: str, root: str | Path = "data", seed: int = 0
         return Dataset(name, split, mix_records(root, mix_leaky))
     return Dataset(name, split, refcoco_records("refcoco" if name == "mix" else name, split, root))
 
+class EvalBatches:
+    """All (object, sentence) pairs of a split, batch_size at a time, to process `rank` of `world` its share.
+
+    A batch holds each photo and phrase once, image uint8 (P, 3, size, size) and tokens (T, L); photo and
+    phrase (B,) are a pair's rows there; rows its number in the split; truth its mask at the photo's size.
+    shuffle: each phrase is replaced by one of half the split further on, so of another photo."""
+    def __init__(self, dataset: Dataset, tokenizer: Tokenizer, cfg, batch_size: int, rank: int = 0,
+                 world: int = 1, shuffle: bool = False):
+        self.dataset, self.tokenizer, self.cfg = dataset, tokenizer, cfg
+        pairs = [(i, k) for i in range(len(dataset)) for k in range(len(dataset.sentences(i)))]
+        n, place = len(pairs), {}                         # of each photo, so that its pairs are neighbours
+        self.pairs = sorted(pairs, key=lambda pair: place.setdefault(dataset.photo_key(pair[0]), len(place)))
+        self.words = self.pairs[n // 2 * shuffle:] + self.pairs[:n // 2 * shuffle]
+        self.chunks = [range(n)[start:start + batch_size] for start in range(0, n, batch_size)][rank::world]
+
+    def __getitem__(self, chunk: int) -> dict:
+        data, cfg, rows = self.dataset, self.cfg, list(self.chunks[chunk])
+        objects, words = [self.pairs[row][0] for row in rows], [self.words[row] for row in rows]
+        keys, said = [data.photo_key(i) for i in objects], [data.sentences(i)[k] for i, k in words]
+        photos, phrases = dict(zip(keys, objects)), list(dict.fromkeys(said))          # each of them once
+        squares = [data.square(i, cfg.image_size, cfg.mask_rule) for i in photos.values()]
+        return dict(image=torch.from_numpy(np.stack(squares)).permute(0, 3, 1, 2).contiguous(), rows=rows,
+                    photo=torch.tensor([list(photos).index(key) for key in keys]),
+                    tokens=self.tokenizer(phrases, cfg.text_length),
+                    phrase=torch.tensor([phrases.index(text) for text in said]),
+                    truth=[torch.from_numpy(data.mask(i).copy()) for i in objects])
 
 if __name__ == "__main__":
     p = argparse.ArgumentParser(description="Photos a second on one core, decoded and from a cache, as JSON.")

@@ -1,14 +1,23 @@
-"""From logits to masks at each photo's own size, to I and U, to mIoU, oIoU and Pr@X; one rule everywhere.
+"""From logits to masks at each photo's own size, to I and U, to a report; one rule everywhere.
 
-    python evaluate.py --split val --panels panels.png             a split of the checkpoint's data set
-    python evaluate.py --split val --shuffle_text                  other photos' phrases: the score must fall
-    python evaluate.py --image photo.jpg --text "left piece slice"     one photo of your own
+    python evaluate.py --split all --panels FILE.png             every split of the checkpoint's data set
+    python evaluate.py --split val --shuffle_text                other photos' phrases: the score must fall
+    python evaluate.py --compare A.pt B.pt --panels FILE.png     several checkpoints, side by side
+    python evaluate.py --image a.jpg b.jpg --text "left piece slice" "a plate" --out FILE.png     own photos
+    python evaluate.py --export model.pt2                        a file that runs with torch alone
+    torchrun --standalone --nproc_per_node=2 evaluate.py --split all --json FILE --per_sentence FILE.jsonl
 """
 import argparse
 import contextlib
+import copy
+import functools
+import hashlib
+import itertools
 import json
-import math
+import os
+import re
 import sys
+import textwrap
 import time
 from pathlib import Path
 
@@ -16,327 +25,321 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from PIL import Image, ImageChops, ImageDraw, ImageFilter, ImageFont, ImageOps
+from PIL import Image, ImageDraw, ImageFilter, ImageFont, ImageOps
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.data import DataLoader
 
-from data import Dataset, Tokenizer, fit, letterbox, open_dataset, open_image
+from data import Dataset, EvalBatches, Tokenizer, fit, letterbox, open_dataset, open_image
 from model import DCRIS, Config
-from weights import VOCABULARY, find, load_model, write_whole
+from weights import RELEASES, VOCABULARY, download, find, load_model, write_whole
 
+GREEN, RED, BLUE = (20, 150, 70), (220, 30, 30), (30, 100, 255)        # truth; predicted or wrong; missed
+FONTS = ("DejaVuSans.ttf", "arial.ttf", "Arial Unicode.ttf", "NotoSansCJK-Regular.ttc", "msyh.ttc",
+         "Nirmala.ttf", "NotoSansDevanagari-Regular.ttf")              # of Linux, Windows and macOS
 THRESHOLD = {"aligned": 0.5, "detris": 0.35}              # of the probability; the release's is 0.35
-PRECISION = (0.5, 0.6, 0.7, 0.8, 0.9)                     # Pr@X: share of sentences with IoU > X
-GREEN, RED = (20, 150, 70), (220, 30, 30)                 # outlines of truth and prediction
-
+NAMES = {"mIoU": 0, "oIoU": 0, "Pr@50": .5, "Pr@60": .6, "Pr@70": .7, "Pr@80": .8, "Pr@90": .9}  # IoU > X
+PAPER = {                                                 # split -> Table 1's mIoU of DCRIS-B and DCRIS-L
+    "refcoco": dict(val=(76.4, 77.9), testA=(77.9, 79.0), testB=(73.7, 75.0)),
+    "refcoco+": dict(val=(69.8, 71.9), testA=(74.4, 75.9), testB=(62.6, 65.7)),
+    "refcocog_umd": dict(val=(68.4, 70.1), test=(68.5, 70.9)), "refcocog_google": dict(val=(65.9, 68.5)),
+    "shapes": dict(val=(), testA=(), testB=())}
+PLACES = re.compile(r"\b(left|right|top|bottom|above|below|under|behind|front|back|near|far|middle|center|"
+                    r"between|corner|first|second|third|last)(?:most)?\b")
 
 def tokenizer_for(cfg: Config) -> Tokenizer:
     """CLIP's where the encoders are the released ones; encoders that began at random need no file."""
-    if cfg.weights == "none":
-        return Tokenizer(None, cfg.vocab_size)
-    return Tokenizer(find(VOCABULARY, cfg.weights), cfg.vocab_size)
+    return Tokenizer(None if cfg.weights == "none" else find(VOCABULARY, cfg.weights), cfg.vocab_size)
 
-
-def pick_device(name: str) -> torch.device:
-    """auto: cuda where there is one, else mps, else cpu."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+def start_processes(name: str) -> tuple[int, int, torch.device]:
+    """(rank, world size, device); joins the others that torchrun started. auto: cuda, else mps, else cpu."""
+    world, found = int(os.environ.get("WORLD_SIZE", 1)), torch.accelerator.current_accelerator(True)
     try:
-        return torch.empty(0, device=name).device
+        device = torch.empty(0, device=str(found or "cpu") if name == "auto" else name).device
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"--device {name}: not on this machine ({str(error).splitlines()[0]})") from error
+    if world == 1:
+        return 0, 1, device
+    if device.type == "cuda":
+        torch.cuda.set_device(device := torch.device("cuda", int(os.environ["LOCAL_RANK"])))
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return dist.get_rank(), world, device
 
+@contextlib.contextmanager
+def precision(bf16: bool, device: torch.device):
+    """bf16 autocast of a forward pass; on CPUs without fused attention, whose backward is slow in bf16."""
+    plain = bf16 and device.type == "cpu"
+    torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(plain)         # else it computes in float32
+    with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+        with sdpa_kernel(SDPBackend.MATH) if plain else contextlib.nullcontext():
+            yield
 
-def precision(cfg: Config, device: torch.device):
-    """Context of a forward pass: bf16 autocast, and on CPUs attention as plain matrix products.
-
-    The fused attention of CPUs has a slow backward in bf16 (several times a step's other work).
-    """
-    stack = contextlib.ExitStack()
-    stack.enter_context(torch.autocast(device.type, torch.bfloat16, enabled=cfg.bf16))
-    if device.type == "cpu" and cfg.bf16:
-        torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)      # else it computes in float32
-        stack.enter_context(sdpa_kernel(SDPBackend.MATH))
-    return stack
-
-
-# ---- every sentence of a split, in batches ----
-
-def collate(dataset: Dataset, pairs: list[tuple[int, int]], tokenizer: Tokenizer, cfg: Config,
-            share: bool) -> dict:
-    """(object, sentence) pairs as tensors: image uint8 (P, 3, size, size), tokens (B, L).
-
-    share: a photo that pairs have in common is there once, and photo (B,) names each pair's row of image.
-    Without share P = B and photo is None, so that shapes never change from batch to batch.
-    """
-    keys = [dataset.photo_key(i) if share else k for k, (i, _) in enumerate(pairs)]
-    first = {key: keys.index(key) for key in keys}        # photo -> the first pair that shows it
-    photo = [list(first).index(key) for key in keys]
-    squares = [dataset.square(pairs[k][0], cfg.image_size, cfg.mask_rule) for k in first.values()]
-    image = torch.from_numpy(np.stack(squares)).permute(0, 3, 1, 2).contiguous()      # (P, 3, size, size)
-    return dict(image=image, photo=torch.tensor(photo) if share else None,
-                tokens=tokenizer([dataset.sentences(i)[k] for i, k in pairs], cfg.text_length))
-
-
-class EvalBatches(torch.utils.data.Dataset):
-    """Every sentence of every object, batch_size pairs at a time, neighbours that share a photo together.
-
-    Adds truth, the masks at their photos' own sizes, and rows, each pair's number in the whole split.
-    shuffle: each phrase is replaced by one of half the split further on, so of another photo.
-    """
-
-    def __init__(self, dataset: Dataset, cfg: Config, batch_size: int, rank: int = 0, world: int = 1,
-                 shuffle: bool = False):
-        self.dataset, self.tokenizer, self.cfg = dataset, tokenizer_for(cfg), cfg
-        self.pairs = [(i, k) for i in range(len(dataset)) for k in range(len(dataset.sentences(i)))]
-        n = len(self.pairs)
-        self.words = [self.pairs[(row + n // 2 * shuffle) % n] for row in range(n)]
-        chunks = [range(start, min(start + batch_size, n)) for start in range(0, n, batch_size)]
-        self.chunks = chunks[rank::world]
-
-    def __len__(self) -> int:
-        return len(self.chunks)
-
-    def __getitem__(self, chunk: int) -> dict:
-        if chunk >= len(self.chunks):
-            raise IndexError(chunk)
-        rows = self.chunks[chunk]
-        batch = collate(self.dataset, [self.pairs[r] for r in rows], self.tokenizer, self.cfg, share=True)
-        spoken = [self.dataset.sentences(i)[k] for i, k in (self.words[r] for r in rows)]
-        truth = [torch.from_numpy(self.dataset.mask(self.pairs[r][0]).copy()) for r in rows]
-        tokens = self.tokenizer(spoken, self.cfg.text_length)
-        return batch | dict(tokens=tokens, truth=truth, rows=list(rows), phrases=spoken)
-
-
-# ---- masks and metrics, as pure functions ----
-
-def restore_probabilities(logits: Tensor, size: tuple[int, int], image_size: int, rule: str) -> Tensor:
-    """One pair's logits (1, 4h, 4w) -> probability (H, W) at the photo's own size (H, W): letterbox undone.
+def restore_probabilities(logits: Tensor, sizes: list, side: int, rule: str) -> list[Tensor]:
+    """logits (B, 1, 4h, 4w) -> B probabilities (H, W), one for each (H, W) of sizes: letterbox undone.
 
     aligned: pixel centres throughout. detris: the release's steps, bicubic with align_corners, then the
-    inverse of its affine letterbox on pixel indices, cubic with a = -0.75, zero outside (cv2.warpAffine).
-    """
-    prob, (H, W) = logits[None].float().sigmoid(), size
-    square = (image_size, image_size)
-    if rule == "aligned":
-        left, top, w, h = fit(W, H, image_size)
-        prob = F.interpolate(prob, square, mode="bicubic")[..., top:top + h, left:left + w]
-        return F.interpolate(prob, size, mode="bilinear", antialias=H < h)[0, 0]
-    prob = F.interpolate(prob, square, mode="bicubic", align_corners=True)
-    scale = min(image_size / W, image_size / H)
-    y, x = (torch.arange(n, dtype=torch.float64) * scale + (image_size - scale * n) / 2 for n in (H, W))
-    grid = torch.stack(torch.meshgrid(x, y, indexing="xy"), -1)            # (H, W, 2), indices in the square
-    grid = (2 * grid / (image_size - 1) - 1).float().to(prob.device)
-    return F.grid_sample(prob, grid[None], mode="bicubic", padding_mode="zeros", align_corners=True)[0, 0]
+    inverse of its affine letterbox on pixel indices, cubic with a = -0.75, zero outside (cv2.warpAffine)."""
+    restored, aligned = [], rule == "aligned"
+    prob = F.interpolate(logits.float().sigmoid(), (side, side), mode="bicubic", align_corners=not aligned)
+    runs = [(size, len(list(same))) for size, same in itertools.groupby(sizes)]     # neighbours of one size
+    for ((H, W), n), some in zip(runs, prob.split([n for _, n in runs])):
+        if aligned:
+            left, top, w, h = fit(W, H, side)
+            some = some[..., top:top + h, left:left + w]
+            some = F.interpolate(some, (H, W), mode="bilinear", antialias=H < h)
+        else:
+            scale = min(side / W, side / H)
+            y, x = (torch.arange(m, dtype=torch.float64) * scale + (side - scale * m) / 2 for m in (H, W))
+            grid = torch.stack(torch.meshgrid(x, y, indexing="xy"), -1)    # (H, W, 2), indices in the square
+            grid = (2 * grid / (side - 1) - 1).float().to(prob.device).expand(n, -1, -1, -1)
+            some = F.grid_sample(some, grid, mode="bicubic", padding_mode="zeros", align_corners=True)
+        restored += some[:, 0]
+    return restored
 
-
-def restore_masks(logits: Tensor, sizes: list[tuple[int, int]], image_size: int, rule: str = "aligned",
-                  threshold: float | None = None) -> list[Tensor]:
-    """logits (B, 1, 4h, 4w) -> B bool masks (H, W), one for each (H, W) of sizes, on the logits' device.
-
-    True where the restored probability is above the threshold; None: the rule's own.
-    """
-    threshold = THRESHOLD[rule] if threshold is None else threshold
-    return [restore_probabilities(one, size, image_size, rule) > threshold
-            for one, size in zip(logits, sizes)]
-
+def restore_masks(logits: Tensor, sizes: list, image_size: int, rule: str = "aligned",
+                  threshold: float | None = None, scores: list | None = None) -> list[Tensor]:
+    """logits (B, 1, 4h, 4w) -> B bool masks, one for each (H, W) of sizes: where the restored probability is
+    above the threshold (None: the rule's own). scores: gets its mean inside each mask, 0 for an empty one."""
+    probs = restore_probabilities(logits, sizes, image_size, rule)
+    masks = [prob > (THRESHOLD[rule] if threshold is None else threshold) for prob in probs]
+    if scores is not None:
+        scores += [(prob * mask).sum() / mask.sum().clamp(min=1) for prob, mask in zip(probs, masks)]
+    return masks
 
 def metrics(inter: np.ndarray, union: np.ndarray) -> dict[str, float]:
-    """Per-sentence intersections and unions in pixels -> mIoU, oIoU, Pr@50 ... Pr@90 (fractions) and n.
-
-    Nothing predicted where nothing is to be found (union 0) counts as IoU 0, as in the release.
-    """
+    """Each sentence's I and U in pixels -> mIoU, oIoU, Pr@50 ... Pr@90 (fractions), n. Union 0: IoU 0."""
     if not len(inter):
         raise ValueError("no sentence to score")
     iou = inter / np.maximum(union, 1)
-    precision = {f"Pr@{int(100 * x)}": float((iou > x).mean()) for x in PRECISION}
-    overall = inter.sum() / max(union.sum(), 1)
-    return dict(mIoU=float(iou.mean()), oIoU=float(overall), **precision, n=len(iou))
+    above = {name: float((iou > least).mean()) for name, least in NAMES.items()}
+    return above | dict(mIoU=float(iou.mean()), oIoU=float(inter.sum() / max(union.sum(), 1)), n=len(iou))
 
+def groups_of(phrase: str, kind: str, share: float) -> list[str]:
+    """What a sentence is counted with: kind, length, the object's share of the photo, words of place."""
+    n, places = len(phrase.split()), sorted(set(PLACES.findall(phrase.lower())))
+    return ["all", *([f"kind {kind}"] if kind else []), *(f"says {word}" for word in places),
+            "words " + ("1-2" if n < 3 else "3-4" if n < 5 else "5-7" if n < 8 else "8 or more"),
+            "object " + ("< 2 %" if share < 0.02 else "> 10 %" if share > 0.1 else "2-10 %")]
+
+def summarise(rows: list[dict]) -> dict:
+    """metrics() of all rows and, under "groups", of each group; "from" and "to": 95 % bounds of mIoU and oIoU
+    by 1,000 bootstrap draws of photos (not of sentences: those of one photo hang together)."""
+    groups, at = {}, {key: np.array([row[key] for row in rows]) for key in ("inter", "union", "iou", "photo")}
+    for k, row in enumerate(rows):
+        for name in row["groups"]:
+            groups.setdefault(name, []).append(k)
+    groups = {name: metrics(at["inter"][some], at["union"][some]) for name, some in sorted(groups.items())}
+    photo = np.unique(at["photo"], return_inverse=True)[1]
+    n, iou, inter, union = (np.bincount(photo, at.get(key)) for key in ("n", "iou", "inter", "union"))
+    draws = np.random.default_rng(0).multinomial(len(n), np.full(len(n), 1 / len(n)), 1000)
+    drawn = dict(mIoU=draws @ iou / (draws @ n), oIoU=draws @ inter / np.maximum(draws @ union, 1))
+    bound = lambda percent: {name: float(np.percentile(x, percent)) for name, x in drawn.items()}
+    return groups.pop("all") | {"from": bound(2.5), "to": bound(97.5), "groups": groups}
 
 @torch.inference_mode()
+def predict(model: DCRIS, batch: dict, sizes: list, threshold: float | None = None,
+            bf16: bool = False) -> tuple[list[Tensor], Tensor]:
+    """B masks at their photos' sizes, and scores (B,), the mean probability inside each; on the device."""
+    cfg, device, training = model.config, model.mean.device, model.training
+    inputs = [batch[x].to(device, non_blocking=True) for x in ("image", "tokens", "photo", "phrase")]
+    with precision(bf16, device):
+        logits = model.eval()(*inputs)
+    model.train(training)                                 # as it was
+    masks = restore_masks(logits, sizes, cfg.image_size, cfg.mask_rule, threshold, scores := [])
+    return masks, torch.stack(scores)
+
 def evaluate(model: DCRIS, dataset: Dataset, batch_size: int = 32, workers: int = 0,
              shuffle_text: bool = False, threshold: float | None = None, rank: int = 0, world: int = 1,
-             keep: list | None = None) -> dict:
-    """Score every sentence of a split at its photo's own size; every process returns the whole's figures.
-
-    Returns metrics() of all sentences and, under "kinds", of each kind of phrase. Each process scores its own
-    chunks and one sum joins the disjoint rows, so nothing counts twice. keep: filled with about eight
-    sentences of the split (object, phrase, iou, truth, pred) for panels. The model's mode is put back.
-    """
-    cfg, device, training = model.config, model.mean.device, model.training
-    batches = EvalBatches(dataset, cfg, batch_size, rank, world, shuffle_text)
-    counts = torch.zeros(len(batches.pairs), 2, dtype=torch.float64)       # a sentence's I and U
-    model.eval()
-    for batch in torch.utils.data.DataLoader(batches, batch_size=None, num_workers=workers):
-        logits = model(batch["image"].to(device), batch["tokens"].to(device), batch["photo"].to(device))
-        sizes = [tuple(truth.shape) for truth in batch["truth"]]
-        preds = restore_masks(logits, sizes, cfg.image_size, cfg.mask_rule, threshold)
-        for k, (pred, truth) in enumerate(zip(preds, batch["truth"])):
-            truth = truth.to(device)
-            inter, union = (pred & truth).sum().item(), (pred | truth).sum().item()
-            counts[batch["rows"][k]] = torch.tensor([inter, union], dtype=torch.float64)
-            if keep is not None and batch["rows"][k] % max(1, len(batches.pairs) // 8) == 0:
-                keep.append(dict(object=batches.pairs[batch["rows"][k]][0], phrase=batch["phrases"][k],
-                                 iou=inter / max(union, 1), truth=truth.cpu().numpy(),
-                                 pred=pred.cpu().numpy()))
-    model.train(training)
+             keep: list | None = None, bf16: bool = False) -> dict:
+    """summarise() of all sentences of a split, each scored at its photo's own size; the same in every
+    process, as one sum joins their disjoint rows. keep: gets a dict a sentence."""
+    cfg, device, rows = model.config, model.mean.device, [] if keep is None else keep
+    batches = EvalBatches(dataset, tokenizer_for(cfg), cfg, batch_size, rank, world, shuffle_text)
+    counts = torch.zeros(len(batches.pairs), 4, device=device)
+    for batch in DataLoader(batches, None, sampler=range(len(batches.chunks)), num_workers=workers):
+        truths = [truth.to(device, non_blocking=True) for truth in batch["truth"]]
+        preds, scores = predict(model, batch, [truth.shape for truth in truths], threshold, bf16)
+        for row, pred, truth, score in zip(batch["rows"], preds, truths, scores):      # waits for no result
+            inter, union, share = (pred & truth).sum(), (pred | truth).sum(), truth.float().mean()
+            counts[row] = torch.stack([inter, union, share, score])
     if world > 1:
-        counts = counts.to(device)
         dist.all_reduce(counts)
-    inter, union = counts.cpu().numpy().T
-    kinds = np.array([dataset.kinds(i)[k] for i, k in batches.words])
-    return metrics(inter, union) | dict(kinds={
-        kind: metrics(inter[kinds == kind], union[kinds == kind]) for kind in sorted(set(kinds) - {""})})
+    for (i, k), (j, said), (inter, union, share, score) in zip(batches.pairs, batches.words, counts.tolist()):
+        phrase = dataset.sentences(j)[said]
+        rows.append(dict(id=dataset.object_id(i), sentence=k, object=i, photo=str(dataset.photo_key(i)),
+                         phrase=phrase, iou=inter / max(union, 1), score=score, inter=inter, union=union,
+                         groups=groups_of(phrase, dataset.kinds(j)[said], share)))
+    return summarise(rows)
 
-
-@torch.inference_mode()
-def segment(model: DCRIS, image: Image.Image | str | Path, text: str) -> tuple[np.ndarray, float]:
-    """The mask of what the text means in one photo: bool (H, W) as a person sees the photo, and a score.
-
-    The score is the mean probability inside the mask, 0 to 1; 0 where the mask is empty.
-    """
-    cfg, device = model.config, model.mean.device
+def segment_all(model: DCRIS, image: Image.Image | str | Path, texts: list[str],
+                threshold: float | None = None, bf16: bool = False) -> list[tuple[np.ndarray, float]]:
+    """segment() for several texts about one photo, whose shared part runs once."""
+    cfg, rows = model.config, torch.arange(len(texts))
     image = image.convert("RGB") if isinstance(image, Image.Image) else open_image(image)
     square = torch.from_numpy(letterbox(image, cfg.image_size, cfg.mask_rule)).permute(2, 0, 1)[None]
-    tokens = tokenizer_for(cfg)([text], cfg.text_length)
-    logits = model(square.to(device), tokens.to(device))
-    prob = restore_probabilities(logits[0], image.size[::-1], cfg.image_size, cfg.mask_rule)
-    mask = prob > THRESHOLD[cfg.mask_rule]
-    return mask.cpu().numpy(), float(prob[mask].mean()) if mask.any() else 0.0
+    batch = dict(image=square, tokens=tokenizer_for(cfg)(texts, cfg.text_length), photo=0 * rows, phrase=rows)
+    masks, scores = predict(model, batch, len(texts) * [image.size[::-1]], threshold, bf16)
+    return [(mask.cpu().numpy(), score) for mask, score in zip(masks, scores.tolist())]
 
+def segment(model: DCRIS, image: Image.Image | str | Path, text: str) -> tuple[np.ndarray, float]:
+    """What the text means in one photo: mask, bool (H, W) as a person sees the photo, and score, the mean
+    probability inside the mask, 0 to 1; 0 where the mask is empty."""
+    return segment_all(model, image, [text])[0]
 
-# ---- pictures ----
+@functools.lru_cache(maxsize=64)
+def font_for(text: str) -> ImageFont.FreeTypeFont:
+    """Of this machine's fonts and PIL's own the one that draws the most of the text's letters."""
+    fonts = [ImageFont.load_default(15)]
+    for name in FONTS:
+        with contextlib.suppress(OSError):
+            fonts.append(ImageFont.truetype(name, 15))
+    drawn = lambda font, letter: bytes(font.getmask(letter)) != bytes(font.getmask("\U0010ffff"))
+    return max(fonts, key=lambda font: sum(drawn(font, letter) for letter in text))
 
-def paint(photo: Image.Image, mask: np.ndarray, colour: tuple[int, int, int]) -> Image.Image:
-    """The photo with all but the mask (H, W) faded, and the mask's outline in a colour."""
-    inside = Image.fromarray(np.uint8(mask) * 255)
-    faded = Image.blend(photo.convert("L").convert("RGB"), Image.new("RGB", photo.size, "white"), 0.6)
-    faded.paste(photo, mask=inside)
-    outline = inside.filter(ImageFilter.MaxFilter(2 * (max(photo.size) // 200) + 3))
-    faded.paste(colour, mask=ImageChops.subtract(outline, inside))
-    return faded
+def paint(photo: Image.Image, mask: np.ndarray, colour: tuple, truth=None) -> Image.Image:
+    """The photo with all but the mask (H, W) faded and its outline in a colour; with truth, instead of the
+    outline: what is wrong in the colour, what is missed in blue."""
+    near = Image.fromarray(np.uint8(mask) * 255).filter(ImageFilter.BoxBlur(1 + max(photo.size) // 400))
+    marks = [(mask, photo), ((np.asarray(near) > 0) & ~mask, colour)]
+    if truth is not None:
+        marks = [(mask & truth, photo), (mask & ~truth, colour), (truth & ~mask, BLUE)]
+    canvas = Image.blend(photo.convert("L").convert("RGB"), Image.new("RGB", photo.size, "white"), 0.6)
+    for part, fill in marks:
+        canvas.paste(fill, mask=Image.fromarray(part))
+    return canvas
 
+def draw_panels(cases: list[dict], path: str | Path, side: int = 224) -> None:
+    """A PNG like the paper's Figures 3 and 4, a row a case: photo | ground truth | predictions | error.
 
-def draw_panels(rows: list[dict], dataset: Dataset, path: str | Path, side: int = 224) -> None:
-    """A PNG like the paper's Figure 3: photo | ground truth | prediction, with phrase and IoU over each row.
-
-    rows: what evaluate keeps.
+    cases: dicts of title, photo, truth (H, W), preds {name: (H, W)}; the error is that of a lone prediction.
     """
-    font, gap, top = ImageFont.load_default(15), 8, 24
-    sheet = Image.new("RGB", (3 * (side + gap) + gap, len(rows) * (side + 34) + top), "white")
-    draw = ImageDraw.Draw(sheet)
-    for k, title in enumerate(("photo", "ground truth", "prediction")):
-        draw.text((gap + k * (side + gap) + side / 2, 4), title, "gray", font, anchor="ma")
-    for row in rows:
-        photo, caption = dataset.photo(row["object"]), row["phrase"]
-        while draw.textlength(f'"{caption}"', font) > 3 * side - 90:
-            caption = caption.removesuffix("...")[:-1] + "..."
-        draw.text((gap, top + 2), f'"{caption}"', "black", font)
-        draw.text((sheet.width - gap, top + 2), f"IoU {100 * row['iou']:.1f}", "black", font, anchor="ra")
-        drawn = photo, paint(photo, row["truth"], GREEN), paint(photo, row["pred"], RED)
-        for k, picture in enumerate(ImageOps.contain(picture, (side, side)) for picture in drawn):
-            left = gap + k * (side + gap) + (side - picture.width) // 2
-            sheet.paste(picture, (left, top + 24 + (side - picture.height) // 2))
-        top += side + 34
-    save_image(sheet, path)
-
-
-def draw_curves(log: Path, path: Path) -> None:
-    """PNG of a log.jsonl: training loss against steps, and mIoU on val against steps."""
-    lines = [json.loads(line) for line in log.read_text().splitlines()]
-    sheet = Image.new("RGB", (960, 400), "white")
-    plot(sheet, (70, 40, 460, 340), [(line["step"], line["loss"]) for line in lines if "loss" in line],
-         "training loss, nats per pixel")
-    plot(sheet, (550, 40, 940, 340), [(line["step"], 100 * line["mIoU"]) for line in lines if "mIoU" in line],
-         "mIoU on val, %")
-    save_image(sheet, path)
-
-
-def plot(sheet: Image.Image, box: tuple[int, ...], points: list[tuple[float, float]], title: str) -> None:
-    """One curve with axes into box (left, top, right, bottom); y starts at 0."""
-    draw, font, (left, top, right, bottom) = ImageDraw.Draw(sheet), ImageFont.load_default(13), box
-    draw.text((left, top - 24), title, "black", font)
-    draw.text((right, bottom + 26), "step", "gray", font, anchor="ra")
-    if not points:
-        return
-    x_top, y_top = max(x for x, _ in points) or 1, max(y for _, y in points) or 1
-    unit = 10 ** math.floor(math.log10(y_top / 2))
-    unit *= next(m for m in (1, 2, 5, 10) if y_top / (unit * m) <= 6)
-    for k in range(math.floor(y_top / unit) + 1):
-        y = bottom - k * unit / y_top * (bottom - top)
-        draw.line((left, y, right, y), "gainsboro")
-        draw.text((left - 6, y), f"{k * unit:g}", "gray", font, anchor="rm")
-    for k in range(5):
-        x = left + k / 4 * (right - left)
-        draw.text((x, bottom + 6), f"{k / 4 * x_top:.0f}", "gray", font, anchor="ma")
-    draw.line((left, top, left, bottom, right, bottom), "gray")
-    spots = [(left + x / x_top * (right - left), bottom - y / y_top * (bottom - top)) for x, y in points]
-    draw.line(spots, (40, 90, 200), 2, joint="curve")
-    draw.ellipse((spots[-1][0] - 3, spots[-1][1] - 3, spots[-1][0] + 3, spots[-1][1] + 3), fill=(40, 90, 200))
-
+    strips = []
+    for case in cases:
+        photo, truth, title = case["photo"], case["truth"], case["title"]
+        cells = {"photo": photo, "ground truth": paint(photo, truth, GREEN)}
+        for name, pred in case["preds"].items():
+            iou = 100 * (pred & truth).sum() / max(1, (pred | truth).sum())
+            cells[f"{'/'.join(Path(name).parts[-2:])[-18:]}, IoU {iou:.1f}"] = paint(photo, pred, RED)
+        if len(case["preds"]) == 1:
+            cells["blue: missed, red: wrong"] = paint(photo, pred, RED, truth)
+        font, width = font_for(title), (side + 8) * len(cells) + 8
+        lines = textwrap.wrap(title, int(0.9 * width * len(title) / font.getlength(title)))
+        strip = Image.new("RGB", (width, side + 20 * len(lines) + 50), "white")
+        draw, top = ImageDraw.Draw(strip), strip.height - side
+        draw.text((8, 18), "\n".join(lines), "black", font)
+        for left, (label, picture) in zip(range(8, width, side + 8), cells.items()):
+            draw.text((left, top - 20), label, "dimgray", font_for(label))
+            strip.paste(ImageOps.pad(picture, (side, side), color="white"), (left, top))
+        strips.append(strip)
+    save_image(Image.fromarray(np.concatenate(strips)), path)
 
 def save_image(image: Image.Image, path: str | Path) -> None:
-    """As PNG, whole or not at all."""
+    """As PNG."""
     write_whole(Path(path), lambda file: image.save(file, "PNG"))
 
+def showcase(models: dict[str, DCRIS], dataset: Dataset, rows: list[dict], threshold=None) -> list[dict]:
+    """Of evaluate's rows the two best, two middle and two worst, as each model sees them, for draw_panels."""
+    ranked, n, cases = sorted(rows, key=lambda row: -row["iou"]), len(rows), []
+    picked = {0: "best", 1: "best", n // 2 - 1: "median", n // 2: "median", n - 2: "worst", n - 1: "worst"}
+    for k in sorted(picked.keys() & set(range(n))):
+        phrase, i = ranked[k]["phrase"], ranked[k]["object"]
+        title, photo = f'{dataset.split}, {picked[k]}: "{phrase}"', dataset.photo(i)
+        preds = {name: segment_all(model, photo, [phrase], threshold)[0][0] for name, model in models.items()}
+        cases.append(dict(title=title, photo=photo, truth=dataset.mask(i), preds=preds))
+    return cases
 
-# ---- command line ----
-
-def table(scores: dict) -> str:
-    """Percentages, one line for all sentences and one for each kind of phrase."""
-    names = ["mIoU", "oIoU", *(f"Pr@{int(100 * x)}" for x in PRECISION)]
-    lines = [f"{'':<12}" + "".join(f"{name:>8}" for name in names) + f"{'n':>8}"]
-    for kind, row in {"all": scores, **scores["kinds"]}.items():
-        lines.append(f"{kind:<12}" + "".join(f"{100 * row[name]:8.2f}" for name in names) + f"{row['n']:8d}")
+def table(scores: dict, paper: tuple = ()) -> str:
+    """Percentages, a line each for all sentences, their 95 % bounds, the paper's models and the groups."""
+    quoted = {f"paper, {size}": dict(mIoU=value / 100) for size, value in zip("BL", paper)}
+    rows = {"all": scores, "95 % from": scores["from"], "95 % to": scores["to"], **quoted, **scores["groups"]}
+    lines = [f"{'':<16}" + "".join(f"{name:>8}" for name in (*NAMES, "n"))]
+    for name, row in rows.items():
+        cells = (f"{100 * row[x]:.2f}" if x in row else "" for x in NAMES)
+        lines.append(f"{name:<16}" + "".join(f"{cell:>8}" for cell in (*cells, row.get("n", ""))))
     return "\n".join(lines)
 
+def export(model: DCRIS, path: str | Path) -> None:
+    """What torch.export.load reads alone: image uint8 (B, 3, H, W), tokens (B, L) -> logits, for any B."""
+    cfg, B = model.config, {0: torch.export.Dim("B")}
+    image = torch.zeros(2, 3, cfg.image_size, cfg.image_size, dtype=torch.uint8, device=model.mean.device)
+    tokens = torch.ones(2, cfg.text_length, dtype=torch.long, device=image.device)
+    program = torch.export.export(model, (image, tokens), dynamic_shapes=(B, B), strict=True)
+    write_whole(Path(path), lambda file: torch.export.save(program, file))
 
-def parse(argv: list[str] | None) -> argparse.Namespace:
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--checkpoint", default="out/best.pt", help="a .pt, or a released model's name")
-    p.add_argument("--split", default="val")
-    p.add_argument("--dataset", help="default: the checkpoint's own")
-    p.add_argument("--data_root", help="default: the checkpoint's own")
-    p.add_argument("--json", metavar="FILE", help="write the figures here too")
-    p.add_argument("--panels", metavar="FILE.png", help="draw photo | ground truth | prediction")
-    p.add_argument("--shuffle_text", action="store_true", help="score with other photos' phrases")
-    p.add_argument("--threshold", type=float, help="of the probability; default: the rule's own")
-    p.add_argument("--batch_size", type=int, default=32)
-    p.add_argument("--workers", type=int, default=0)
-    p.add_argument("--device", default="auto")
-    p.add_argument("--image", metavar="FILE", help="a photo of your own")
-    p.add_argument("--text", help="what to find in it")
-    p.add_argument("--out", default="mask.png", metavar="FILE.png", help="mask; an overlay is put beside it")
-    args = p.parse_args(argv)
-    if bool(args.image) != bool(args.text):
-        p.error("--image and --text go together")
-    return args
+def benchmark(model: DCRIS, dataset: Dataset, args: argparse.Namespace) -> dict:
+    """Sentences a second over the first objects, one by one and in batches, in float32 and bf16, in turns."""
+    device, few, spent = model.mean.device, copy.copy(dataset), np.zeros((2, 2))       # seconds[bf16, many]
+    few.ends = dataset.ends[:args.benchmark + 1]
+    for turn, bf16, many in itertools.product(range(4), (0, 1), (0, 1)):
+        started = time.perf_counter()
+        n = evaluate(model, few, args.batch_size if many else 1, args.workers, bf16=bool(bf16))["n"]
+        spent[bf16, many] += (time.perf_counter() - started) * (turn > 0) / 3          # the first warms up
+    (one, many), (one_bf16, many_bf16) = (n / spent).round(2).tolist()
+    return dict(one_by_one=one, batched=many, ratio=round(many / one, 2), unit="sentences/s",
+                one_by_one_bf16=one_bf16, batched_bf16=many_bf16, bf16_adds=round(many_bf16 / many, 2),
+                sentences=n, batch_size=args.batch_size, device=str(device), torch=torch.__version__)
 
+def segment_photos(model: DCRIS, args: argparse.Namespace) -> None:
+    """Mask, overlay, score and box of every text about every photo."""
+    photos = [(path, open_image(path)) for path in args.image]            # all, before any mask is written
+    found = [(path, photo, text, *result) for path, photo in photos for text, result in zip(
+        args.text, segment_all(model, photo, args.text, args.threshold, args.bf16))]
+    for k, (path, photo, text, mask, score) in enumerate(found, 1):
+        out, image = Path(args.out), Image.fromarray(mask)
+        out = out.with_stem(f"{out.stem}_{k}") if len(found) > 1 else out
+        save_image(image, out)
+        save_image(paint(photo, mask, RED), overlay := out.with_stem(f"{out.stem}_overlay"))
+        print(f'{path} "{text}": score {score:.3f}, {mask.mean():.1%} of the photo, box {image.getbbox()}; '
+              f"wrote {out}, {overlay}")
 
 def main(argv: list[str] | None = None) -> None:
-    args = parse(argv)
-    model = load_model(args.checkpoint, pick_device(args.device))
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name, default in dict(checkpoint="out/best.pt", compare=[], split="val", dataset="", data_root="",
+                              shuffle_text=False, bf16=False, batch_size=32, workers=0, device="auto",
+                              json="", per_sentence="", panels="", image=[], text=[], out="mask.png",
+                              export="", benchmark=0).items():
+        kind = {list: dict(nargs="+"), bool: dict(action=argparse.BooleanOptionalAction)}.get(type(default))
+        p.add_argument(f"--{name}", default=default, help=f"{default}", **(kind or dict(type=type(default))))
+    p.add_argument("--threshold", type=float, help="of the probability; default: the rule's own")
+    args = p.parse_args(argv)
+    if bool(args.image) != bool(args.text) or args.batch_size < 1 or not 0 <= (args.threshold or 0) < 1:
+        p.error("--image and --text go together, --batch_size is 1 or more, --threshold from 0 to below 1")
+    rank, world, device = start_processes(args.device)
+    files = {x: download(RELEASES[x][0]) if x in RELEASES else x for x in args.compare or [args.checkpoint]}
+    models = {path: load_model(file, device) for path, file in files.items()}
+    digests = {path: hashlib.sha256(Path(file).read_bytes()).hexdigest() for path, file in files.items()}
+    model, reports, sentences, cases = next(iter(models.values())), [], [], []
+    name, root = args.dataset or model.config.dataset, args.data_root or model.config.data_root
+    if args.export:
+        return export(model, args.export)
     if args.image:
-        photo = open_image(args.image)
-        mask, score = segment(model, photo, args.text)
-        overlay = Path(args.out).with_name(Path(args.out).stem + "_overlay.png")
-        save_image(Image.fromarray(mask), args.out)
-        save_image(paint(photo, mask, RED), overlay)
-        print(f'"{args.text}": score {score:.3f}, {mask.mean():.1%} of the photo; wrote {args.out}, '
-              f"{overlay}")
-        return
-    cfg, keep, started = model.config, [] if args.panels else None, time.time()
-    dataset = open_dataset(args.dataset or cfg.dataset, args.split, args.data_root or cfg.data_root)
-    scores = evaluate(model, dataset, args.batch_size, args.workers, args.shuffle_text, args.threshold,
-                      keep=keep)
-    said = f"{dataset.name} {args.split}" + ", phrases shuffled between photos" * args.shuffle_text
-    print(f"{args.checkpoint} on {said}: {scores['n']} sentences, {time.time() - started:.0f} s")
-    print(table(scores))
-    if args.json:
-        Path(args.json).write_text(json.dumps(vars(args) | scores, indent=1))
-    if args.panels:
-        draw_panels(keep[:8], dataset, args.panels)
-
+        return segment_photos(model, args)
+    if args.benchmark:
+        return print(json.dumps(benchmark(model, open_dataset(name, args.split, root), args)))
+    for split in PAPER.get(name, {"val": ()}) if args.split == "all" else [args.split]:
+        dataset = open_dataset(name, split, root)
+        for path, model in models.items():
+            rows, started = [], time.time()
+            scores = evaluate(model, dataset, args.batch_size, args.workers, args.shuffle_text,
+                              args.threshold, rank, world, rows, args.bf16)
+            about = dict(checkpoint=path, dataset=name, split=split, shuffle_text=args.shuffle_text)
+            sentences += [json.dumps(about | row) + "\n" for row in rows]
+            reports.append(about | scores | dict(
+                threshold=THRESHOLD[model.config.mask_rule] if args.threshold is None else args.threshold,
+                sha256=digests[path], config=vars(model.config), bf16=args.bf16, torch=torch.__version__))
+            if rank == 0:
+                shuffled = ", phrases shuffled between photos" * args.shuffle_text
+                print(f"{path} on {name} {split}{shuffled}: {scores['n']} sentences, "
+                      f"{time.time() - started:.0f} s\n{table(scores, PAPER.get(name, {}).get(split, ()))}")
+        cases += showcase(models, dataset, rows, args.threshold) if args.panels and rank == 0 else []
+    for path, text in ((args.json, json.dumps(reports, indent=1)), (args.per_sentence, "".join(sentences))):
+        if path and rank == 0:
+            write_whole(Path(path), lambda file: file.write(text.encode()))
+    if cases:
+        draw_panels(cases, args.panels)
+    if world > 1:
+        dist.barrier()                                    # gloo may hang where one leaves early
+        dist.destroy_process_group()
 
 if __name__ == "__main__":
     try:

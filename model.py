@@ -27,7 +27,6 @@ ADAPTER_SCALE = 0.2                                       # weight of an adapter
 MEAN = (0.48145466, 0.4578275, 0.40821073)                # CLIP's, for DINOv2 too, as released
 STD = (0.26862954, 0.26130258, 0.27577711)
 
-
 @dataclass
 class Config:
     """Every dial; the command line's flags are these fields. Defaults: DCRIS-B of the paper."""
@@ -110,7 +109,6 @@ class Config:
             if not is_good:
                 raise ValueError(f"--{name} {at(name)}: need {need}")
 
-
 CHOICES = {"pos_resize": ("dinov2", "detris"), "mask_rule": ("aligned", "detris"),
            "text_adapter": ("plain", "dense"), "schedule": ("step", "cosine"),
            "method": ("dcris", "frozen", "full")}
@@ -134,7 +132,6 @@ PRESETS = {                            # differences from the defaults, nothing 
                      lr_steps=(35, 55)),
 }
 
-
 def parse_config(argv: list[str] | None = None, saved: dict | None = None) -> Config:
     """Defaults < preset, or a checkpoint's saved config < flags. A wrong flag or value exits with 2."""
     p = argparse.ArgumentParser(argument_default=argparse.SUPPRESS, allow_abbrev=False)
@@ -149,7 +146,6 @@ def parse_config(argv: list[str] | None = None, saved: dict | None = None) -> Co
         return Config(**{**(saved or preset), **flags})
     except ValueError as error:
         p.error(str(error))
-
 
 # ---- image encoder: DINOv2 with registers (Oquab et al. 2023; Darcet et al. 2023), released names ----
 class VisionBlock(nn.Module):
@@ -171,7 +167,6 @@ class VisionBlock(nn.Module):
         if self.adapter is not None:                      # inside LayerScale, as released
             change = change + ADAPTER_SCALE * self.adapter(normed, words, grid)
         return x + self.ls2["gamma"] * change
-
 
 class VisionTransformer(nn.Module):
     """DINOv2 ViT. image (P, 3, H, W) normalised, words (B, L, D) -> three taps, each (B, C, h, w).
@@ -237,7 +232,6 @@ class VisionTransformer(nn.Module):
         taps = [tap[photo] for tap in taps] if shared else taps
         return [tap.transpose(1, 2).unflatten(2, self.grid) for tap in taps]
 
-
 # ---- text encoder: CLIP's text transformer (Radford et al. 2021), released names ----
 class TextBlock(nn.Module):
     """Pre-norm block; the adapter reads the stream after attention, not normalised, as released."""
@@ -256,7 +250,6 @@ class TextBlock(nn.Module):
         if self.adapter is not None:
             change = change + ADAPTER_SCALE * self.adapter(x)
         return x + change
-
 
 class TextTransformer(nn.Module):
     """CLIP text transformer. tokens (B, L) -> words (B, L, D) after the final norm, sentence (B, D)."""
@@ -280,7 +273,6 @@ class TextTransformer(nn.Module):
         words = self.ln_final(x)                          # (B, L, D)
         end = tokens.argmax(dim=1)                        # the end token has the largest id
         return words, words[torch.arange(len(words), device=end.device), end] @ self.text_projection
-
 
 # ---- head (paper, section 3.4; after CRIS and ETRIS) ----
 class Neck(nn.Module):
@@ -306,7 +298,6 @@ class Neck(nn.Module):
         coordinates = self.coordinates.expand(len(fused), -1, -1, -1).to(fused.dtype)
         return fused + self.place(torch.cat([fused, coordinates], dim=1))
 
-
 class DecoderLayer(nn.Module):
     """Patches look at each other, then at the words, then an MLP; an extra norm closes each attention."""
     def __init__(self, cfg: Config):
@@ -327,7 +318,6 @@ class DecoderLayer(nn.Module):
         x = x + self.drop(self.cross_attn_norm(found))
         return x + self.drop(self.ffn(self.norm3(x)))
 
-
 class Decoder(nn.Module):
     """Vision-language decoder. x (B, d, h, w), words (B, L, D), pad (B, L) -> (B, d, h, w)."""
     def __init__(self, cfg: Config):
@@ -347,7 +337,6 @@ class Decoder(nn.Module):
             x = layer(x, self.pos, words, words_pos, pad)
         return self.norm(x).transpose(1, 2).unflatten(2, grid)
 
-
 class UpConvBN(ConvBN):
     """ConvBN, 3x3, of its input's bilinear enlargement: (B, C, h, h) -> (B, c, 2h, 2h).
 
@@ -366,7 +355,6 @@ class UpConvBN(ConvBN):
         maps = maps.permute(0, 1, 3, 4, 2, 5).flatten(4) @ self.shifts.T   # (B, 3, c, h, 2h)
         maps = self.shifts @ maps.transpose(1, 2).flatten(2, 3)            # (B, c, 2h, 2h)
         return F.relu(self.bn(maps))
-
 
 class Projector(nn.Module):
     """Up-sampling projector (Eq. 5). x (B, d, h, w), sentence (B, D) -> logits (B, 1, 4h, 4w)."""
@@ -390,10 +378,9 @@ class Projector(nn.Module):
         maps = (kernel @ self.mix.weight.flatten(1)) @ x.flatten(2) + kernel @ self.mix.bias[:, None]
         return F.fold(maps, x.shape[2:], kernel_size=3, padding=1) + bias[:, :, None, None]
 
-
 class DCRIS(nn.Module):
-    """The whole model. image (P, 3, H, W) uint8 0 ... 255, or float already normalised; tokens (B, L) int64
-    with 0 for padding; photo (B,) as in VisionTransformer -> logits (B, 1, 4h, 4w) float32.
+    """The whole model. image (P, 3, H, W) uint8 0 ... 255, or float already normalised; tokens (T, L) int64
+    with 0 for padding; photo, phrase (B,): each pair's rows there, or None -> logits (B, 1, 4h, 4w) float32.
     """
     def __init__(self, config: Config):
         super().__init__()
@@ -409,12 +396,12 @@ class DCRIS(nn.Module):
                 if isinstance(module, (DenseCrossAdapter, TextAdapter, DenseTextAdapter)):
                     module.requires_grad_(True)
 
-    def forward(self, image: Tensor, tokens: Tensor, photo: Tensor | None = None) -> Tensor:
+    def forward(self, image: Tensor, tokens: Tensor, photo: Tensor | None = None, phrase=None) -> Tensor:
         if image.dtype == torch.uint8:
             image = (image - self.mean) / self.std
-        words, sentence = self.text(tokens)
+        words, sentence, pad = (x if phrase is None else x[phrase] for x in (*self.text(tokens), tokens == 0))
         fused = self.neck(self.vision(image, words, photo), sentence)
-        fused = self.decoder(fused, words, pad=tokens == 0)
+        fused = self.decoder(fused, words, pad)
         return self.projector(fused, sentence).float()
 
     def parameter_counts(self) -> dict[str, int]:
@@ -426,14 +413,12 @@ class DCRIS(nn.Module):
         table = self.text.positional_embedding.numel()
         return counts | dict(backbone=counts["vision"] + counts["text"] - table)
 
-
 @functools.lru_cache(maxsize=8)
 def area_weights(pixels: int, cells: int) -> Tensor:
     """(cells, pixels): the share of each cell that each pixel covers; rows sum to 1."""
     edges, pixel = torch.arange(cells + 1, dtype=torch.float64) * pixels / cells, torch.arange(pixels)
     overlap = torch.minimum(edges[1:, None], pixel + 1) - torch.maximum(edges[:-1, None], pixel)
     return (overlap.clamp(min=0) * cells / pixels).float()
-
 
 def contrastive_loss(logits: Tensor, mask: Tensor, rule: str = "aligned") -> Tensor:
     """Text-to-pixel contrastive loss (paper, Eq. 6): cross-entropy of sigma(F_c . F_l), mean over pixels.

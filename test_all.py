@@ -14,8 +14,10 @@ from torch.utils._pytree import tree_leaves
 
 import data, train, weights
 from adapters import Attention, DenseCrossAdapter, DenseTextAdapter
-from data import Shapes, Tokenizer, letterbox, letterbox_mask, open_dataset, open_image, segmentation_to_mask
-from evaluate import EvalBatches, evaluate, metrics, restore_masks, restore_probabilities
+from data import (EvalBatches, Shapes, Tokenizer, letterbox, letterbox_mask, open_dataset, open_image,
+                  segmentation_to_mask)
+from evaluate import (BLUE, RED, draw_panels, evaluate, groups_of, main as command_line, metrics, paint,
+                      restore_masks, restore_probabilities, segment, summarise)
 from model import PRESETS, DCRIS, Config, TextTransformer, VisionTransformer, contrastive_loss, parse_config
 
 HERE = Path(__file__).resolve().parent
@@ -126,7 +128,7 @@ def test_whole_model_equals_the_original_at_every_stage_and_in_training():
     seen["text_features"], seen["sentence"] = seen.pop("text")
     for name, output in seen.items():
         close(output.reshape(theirs[name].shape), theirs[name], 1e-5, name)
-    grown = restore_probabilities(theirs["logits"][0], (112, 112), 112, "detris")    # no letterbox to undo
+    (grown,) = restore_probabilities(theirs["logits"][:1], [(112, 112)], 112, "detris")  # nothing to cut off
     close(grown, theirs["sigmoid_bicubic_aligncorners"][0, 0], 1e-4, "probability")
     close(logits := model.train()(g["image"], g["tokens"]), once["pred"], 1e-5)
     (loss := contrastive_loss(logits, g["mask"], "detris")).backward()
@@ -256,7 +258,7 @@ def test_every_object_is_trained_on_once_an_epoch_and_every_sentence_scored_once
         for (i, _), k, mask in zip(parts[1].pairs(3), batch["photo"], batch["mask"], strict=True):
             assert np.array_equal(batch["image"][k].permute(1, 2, 0), dataset.square(i, 48))
             assert np.array_equal(mask[0], letterbox_mask(dataset.mask(i), 48))
-        scored = [EvalBatches(dataset, cfg, 5, rank, 2, shuffle=True) for rank in (0, 1)]
+        scored = [EvalBatches(dataset, Tokenizer(), cfg, 5, rank, 2, True) for rank in (0, 1)]
         assert sorted(row for part in scored for batch in part for row in batch["rows"]) == [*range(24)]
         assert sorted(scored[0].words) == scored[0].pairs == [(i, 0) for i in range(24)]
         assert all(i // 4 != j // 4 for (i, _), (j, _) in zip(scored[0].words, scored[0].pairs))
@@ -421,15 +423,16 @@ def test_own_jsonl_is_read_and_its_faults_named_by_line():
         raises(ValueError, f"own.jsonl line 2: {words}", lambda: opened(**changes))
 
 def forked(work, kill: tuple = ()) -> int:
-    """Start work() in a child process and give its pid; or kill -9 it within these seconds."""
+    """Start work() in a child process and give its pid; or kill -9 it, with its own, within these seconds."""
     if not (pid := os.fork()):
         try:
             work()
         finally:
             os._exit(sys.exc_info()[0] is not None)
     if kill:
+        os.setpgid(pid, pid)
         time.sleep(random.uniform(*kill))
-        os.kill(pid, 9)
+        os.killpg(pid, 9)
         os.waitpid(pid, 0)
     return pid
 
@@ -635,7 +638,7 @@ def test_both_programs_write_what_they_promise():
     log = log_of(out)
     assert [line["step"] for line in log[::2]] == [2, 3, 5, 6]
     said = run("evaluate.py", "--checkpoint", best, "--json", out / "s.json", "--panels", out / "p.png")
-    scores = json.loads((out / "s.json").read_text())
+    (scores,) = json.loads((out / "s.json").read_text())
     assert scores["n"] == 34 and "mIoU" in said and scores["mIoU"] == max(x["mIoU"] for x in log[1::2])
     run("evaluate.py", "--checkpoint", best, "--image", photo, "--text", "grey", "--out", out / "m.png")
     assert Image.open(out / "m.png").size == Image.open(out / "m_overlay.png").size == (40, 30)
@@ -718,6 +721,79 @@ def test_a_step_in_parts_equals_a_step_and_a_broken_one_names_its_objects():
     for i, _ in train.TrainBatches(objects, cfg).pairs(1):
         assert objects.object_id(i) in said
     assert not (out / "last.pt").exists()
+
+# ---- evaluation and prediction ----
+def test_both_rules_are_what_they_say_written_as_matrices():
+    """Grid of 8 -> square of 40 -> photos of 30x50 and 50x30, mixed in one batch."""
+    def taps(at, n, a=0.0, clamp=True):                    # (places, n): weights, cubic with a, else linear
+        t = np.abs(at[:, None] - (k := np.floor(at)[:, None] + np.arange(-1, 3)))
+        near, far = (a + 2) * t ** 3 - (a + 3) * t ** 2 + 1, a * (t ** 3 - 5 * t ** 2 + 8 * t - 4)
+        weight = np.where(t <= 1, near, far) if a else np.maximum(0, 1 - t)
+        hits = (np.clip(k, 0, n - 1) if clamp else k)[..., None] == np.arange(n)
+        return torch.from_numpy((weight[..., None] * hits).sum(1)).float()
+    logits, sizes = torch.randn(5, 1, 8, 8), [(30, 50), (30, 50), (50, 30), (30, 50), (50, 30)]
+    for rule, grown in (("aligned", (np.arange(40) + 0.5) / 5 - 0.5), ("detris", np.arange(40) * 7 / 39)):
+        grow, back = taps(grown, 8, -0.75), {}             # back: (side, 8), one axis of the way to the photo
+        for side, first, n in ((50, 0, 40), (30, 8, 24)):  # detris: indices, and nothing beyond the square
+            at = np.arange(side)
+            back[side] = (taps(0.8 * at + first, 40, -0.75, clamp=False) @ grow if rule == "detris" else
+                          taps(0.8 * (at + 0.5) - 0.5, n) @ grow[first:first + n])
+        for k, prob in enumerate(restore_probabilities(logits, sizes, 40, rule)):
+            close(prob, back[sizes[k][0]] @ logits[k, 0].sigmoid() @ back[sizes[k][1]].T, 1e-5, rule)
+
+def test_batched_scores_equal_one_by_one():
+    model, val, one, many = small().train(), open_dataset("refcoco", "val", make_refcoco()), [], []
+    scores = evaluate(model, val, 1, keep=one)
+    assert scores == evaluate(model, val, 23, keep=many) and len(one) == scores["n"] == 34 and model.training
+    assert all(abs(a.pop("score") - b.pop("score")) < 1e-5 and a == b for a, b in zip(one, many))
+    batch = EvalBatches(val, Tokenizer(), model.config, 23)[0]
+    assert [len(batch[x]) for x in ("image", "tokens", "photo", "phrase")] == [2, 3, 23, 23]
+    mask, score = segment(model, val.photo(1), "photo 4")
+    assert one[17]["phrase"] == "photo 4" and (mask & val.mask(1)).sum() == one[17]["inter"] and score > 0.5
+
+def test_reports_add_up_by_hand():
+    rows = [dict(photo=photo, inter=inter, union=4.0, iou=inter / 4, groups=groups_of(phrase, kind, share))
+            for photo, inter, phrase, kind, share in (
+                ("a", 4.0, "Leftmost cup", "position", 0.01), ("b", 0.0, "second cup left of it", "", 0.05),
+                ("b", 0.0, "cup", "", 0.2), ("b", 0.0, "the cup that is behind the other one", "", 0.2))]
+    assert (scores := summarise(rows))["mIoU"] == 0.25 == scores["oIoU"]
+    assert " ".join(f"{name}: {group['n']}" for name, group in scores["groups"].items()) == (
+        "kind position: 1 object 2-10 %: 1 object < 2 %: 1 object > 10 %: 2 says behind: 1 says left: 2 "
+        "says second: 1 words 1-2: 2 words 5-7: 1 words 8 or more: 1")
+    assert all(scores["from"][x] == 0 and scores["to"][x] == 1 for x in ("mIoU", "oIoU"))  # photos: twice a
+
+def test_pictures_have_their_sizes_and_colours():
+    (truth, pred), photo, path = np.zeros((2, 60, 90), bool), Image.new("RGB", (90, 60)), new_folder() / "p"
+    truth[:, 10:40], pred[:, 20:50] = True, True
+    shown = paint(photo, pred, RED, truth)
+    assert [shown.getpixel((x, 30)) for x in (15, 30, 45)] == [BLUE, (0, 0, 0), RED]
+    for names, title, width, least in (("a", "cup", 936, 294), ("abc", "чашка 左の " * 40, 1168, 314)):
+        case = dict(title=title, photo=photo, truth=truth, preds=dict.fromkeys(names, pred))
+        draw_panels([case], path)
+        assert Image.open(path).width == width and least <= Image.open(path).height < least + 99
+    path.write_text('{"step": 5, "loss": 0.4}\n{"step": 9, "mIoU": 0.7}')
+    train.draw_curves([path, path], path)
+    assert Image.open(path).size == (960, 430)
+
+def test_evaluates_photos_exports_and_refuses_as_promised():
+    root, out = make_refcoco(), new_folder()
+    photo, call = root / "images/train2014/COCO_train2014_000000000000.jpg", ["--checkpoint", f"{out}/a.pt"]
+    weights.save_checkpoint(out / "a.pt", model := small(dataset="refcoco", data_root=str(root)).eval())
+    run(*"-m torch.distributed.run --standalone --nproc_per_node=2 evaluate.py --device cpu --json".split(),
+        out / "two", "--per_sentence", out / "rows", "--panels", out / "p.png", "--compare", out / "a.pt")
+    (report,), rows = json.loads((out / "two").read_text()), (out / "rows").read_text().splitlines()
+    assert report | evaluate(model, open_dataset("refcoco", "val", root)) == report and len(rows) == 34
+    command_line([*call, "--image", f"{photo}", f"{photo}", "--text", "grey", "b", "--out", f"{out}/m.png"])
+    assert len([*out.glob("m_*.png")]) == 8 and Image.open(out / "m_4.png").size == (40, 30)
+    command_line([*call, "--export", f"{out}/m.pt2"])
+    torch.save(inputs := [*random_batch(model.config).values()][:2], batch := f"{out}/batch.pt")
+    run("-c", f"import torch; m, (i, t) = torch.export.load('{out}/m.pt2').module(), torch.load('{batch}')\n"
+              f"torch.save([m(i, t), m(i[:1], t[:1])], '{batch}')")
+    for logits, n in zip(torch.load(batch), (4, 1), strict=True):
+        close(logits, model(*(x[:n] for x in inputs)), 1e-4)
+    with contextlib.redirect_stderr(io.StringIO()):
+        for flags in ("--image a", "--text a", "--threshold 1", "--batch_size 0"):
+            raises(SystemExit, "2", lambda: command_line(flags.split()))
 
 def test_compiled_equals_eager():
     """One graph for training, no break, no recompilation after the first step; gradients agree."""

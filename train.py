@@ -21,25 +21,26 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
 
 from adapters import share_batchnorm
-from data import Dataset, cache_photos, letterbox_mask, open_dataset
-from evaluate import (collate, draw_curves, draw_panels, evaluate, pick_device, precision, table,
+from data import Dataset, cache_photos, letterbox_mask, open_dataset, read_file
+from evaluate import (draw_panels, evaluate, precision, save_image, showcase, start_processes, table,
                       tokenizer_for)
 from model import DCRIS, Config, contrastive_loss, parse_config
 from weights import load_encoders, load_trained, read_checkpoint, save_checkpoint, write_whole
 
 LOG_EVERY = 25                                            # steps
+RUNS = ((40, 90, 200), (220, 80, 30), (30, 140, 70), (150, 60, 170), (90, 90, 90))      # a colour a run
 ADVICE = {                                                # what torch's error holds -> what to do about it
     "out of memory": "lower --batch_size, or reach it in parts with --accumulate 2, 4, ...",
     "allocate memory": "lower --batch_size, or reach it in parts with --accumulate 2, 4, ...",
     " by peer": "another process ended first: its own message says why; go on with --resume",
     "DataLoader worker": "a loader process was killed, mostly for memory: set fewer --workers, or 0"}
-
 
 def lr_factor(cfg: Config, done: float) -> float:
     """Share of the peak learning rate after a share `done` of the run, 0 to 1."""
@@ -48,19 +49,6 @@ def lr_factor(cfg: Config, done: float) -> float:
     if cfg.schedule == "cosine":
         return 0.5 + 0.5 * math.cos(math.pi * (done - cfg.warmup) / (1 - cfg.warmup))
     return 0.1 ** sum(done * cfg.epochs >= epoch for epoch in cfg.lr_steps)
-
-
-def start_processes(cfg: Config) -> tuple[int, int, torch.device]:
-    """(rank, world size, device); joins the group where torchrun started this process."""
-    device, world = pick_device(cfg.device), int(os.environ.get("WORLD_SIZE", 1))
-    if world == 1:
-        return 0, 1, device
-    if device.type == "cuda":
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-        torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    return dist.get_rank(), world, device
-
 
 # ---- batches ----
 
@@ -101,11 +89,13 @@ class TrainBatches(torch.utils.data.Dataset):
         return chosen
 
     def __getitem__(self, part: int) -> dict:
-        pairs, cfg = self.pairs(part), self.cfg
-        batch = collate(self.dataset, pairs, self.tokenizer, cfg, share=self.dataset.per_photo > 1)
-        masks = [letterbox_mask(self.dataset.mask(i), cfg.image_size, cfg.mask_rule) for i, _ in pairs]
-        return batch | dict(mask=torch.from_numpy(np.stack(masks))[:, None])
-
+        data, pairs, how = self.dataset, self.pairs(part), (self.cfg.image_size, self.cfg.mask_rule)
+        images = np.stack([data.square(i, *how) for i, _ in pairs[::data.per_photo]])  # (P, size, size, 3)
+        masks = np.stack([letterbox_mask(data.mask(i), *how) for i, _ in pairs])
+        photo = torch.arange(len(pairs)) // data.per_photo                            # (B,) rows of image
+        return dict(image=torch.from_numpy(images).permute(0, 3, 1, 2).contiguous(),
+                    photo=photo if data.per_photo > 1 else None, mask=torch.from_numpy(masks)[:, None],
+                    tokens=self.tokenizer([data.sentences(i)[k] for i, k in pairs], self.cfg.text_length))
 
 # ---- the run ----
 
@@ -121,7 +111,6 @@ def read_values(unread: list[Tensor], step: int, lr: float, batches: TrainBatche
                              f"--lr or set --clip, and --resume {cfg.out}/last.pt. The step's objects: {ids}")
     return values
 
-
 def train_step(model: nn.Module, optimizer: torch.optim.Optimizer, parts: list[dict], cfg: Config,
                device: torch.device) -> Tensor:
     """One update from the gradients of all parts; processes average theirs in the last one's backward pass.
@@ -133,7 +122,7 @@ def train_step(model: nn.Module, optimizer: torch.optim.Optimizer, parts: list[d
     for batch in parts:
         batch = {k: v.to(device, non_blocking=True) for k, v in batch.items() if isinstance(v, Tensor)}
         with contextlib.nullcontext() if len(losses) == len(parts) - 1 else alone():
-            with precision(cfg, device):
+            with precision(cfg.bf16, device):
                 logits = model(batch["image"], batch["tokens"], batch.get("photo"))
             loss = contrastive_loss(logits, batch["mask"].float() / 255, cfg.mask_rule) / len(parts)
             loss.backward()
@@ -146,7 +135,6 @@ def train_step(model: nn.Module, optimizer: torch.optim.Optimizer, parts: list[d
         dist.all_reduce(loss)
         loss /= dist.get_world_size()
     return torch.stack([loss, norm])
-
 
 def benchmark(cfg: Config, raw: DCRIS, model: nn.Module, optimizer: torch.optim.Optimizer,
               device: torch.device) -> dict:
@@ -185,13 +173,35 @@ def benchmark(cfg: Config, raw: DCRIS, model: nn.Module, optimizer: torch.optim.
                 batch_size=cfg.batch_size, accumulate=cfg.accumulate, compile=cfg.compile,
                 bf16=cfg.bf16)
 
+def draw_curves(logs: list[str | Path], path: str | Path) -> None:
+    """A PNG of one or more log.jsonl, a colour each: training loss and mIoU on val against steps."""
+    runs = [read_file(x, lambda file: [*map(json.loads, file)], "run python train.py") for x in logs]
+    sheet, font = Image.new("RGB", (960, 390 + 20 * len(logs)), "white"), ImageFont.load_default(13)
+    draw = ImageDraw.Draw(sheet)
+    for left, key, title in ((70, "loss", "training loss, nats per pixel"), (550, "mIoU", "mIoU on val")):
+        curves = [[(line["step"], line[key]) for line in run if key in line] for run in runs]
+        right, top = np.max([(5, 1e-3), *(point for curve in curves for point in curve)], axis=0)
+        unit = 10 ** math.floor(math.log10(top))
+        top = next(m * unit for m in (1, 2, 5, 10) if m * unit >= top)     # five round steps up
+        at = lambda x, y: (left + 390 * x / right, 340 - 300 * y / top)
+        draw.text((left, 12), title, "black", font)
+        draw.text((left + 390, 362), "step", "gray", font, anchor="ra")
+        for k in range(6):
+            draw.line((at(0, k / 5 * top), at(right, k / 5 * top)), "gainsboro")
+            draw.text(at(0, k / 5 * top), f"{k / 5 * top:.3g}  ", "gray", font, anchor="rm")
+            draw.text((left + 78 * k, 346), f"{k / 5 * right:.0f}", "gray", font, anchor="ma")
+        for curve, colour in zip(curves, RUNS):
+            draw.line([at(*point) for point in curve], colour, 2, joint="curve")
+    for k, (log, colour) in enumerate(zip(logs, RUNS)):
+        draw.text((70, 380 + 20 * k), str(log), colour, font)
+    save_image(sheet, path)
 
 def main(argv: list[str] | None = None) -> None:
     cfg, saved = parse_config(argv), None
     if cfg.resume:
         saved = read_checkpoint(cfg.resume)
         cfg = parse_config(argv, saved["config"])
-    rank, world, device = start_processes(cfg)
+    rank, world, device = start_processes(cfg.device)
     say = print if rank == 0 else lambda *_, **__: None
     torch.manual_seed(cfg.seed)
     raw = DCRIS(cfg)
@@ -276,15 +286,14 @@ def main(argv: list[str] | None = None) -> None:
         if rank == 0 and asked:                           # torchrun ends the other processes
             sys.exit(f"train.py: stopped after step {step}; go on with --resume {out / 'last.pt'}")
     if rank == 0:
-        draw_curves(out / "log.jsonl", out / "curves.png")
-        draw_panels(keep[:6], val_set, out / "panels.png")
+        draw_curves([out / "log.jsonl"], out / "curves.png")
+        draw_panels(showcase({"prediction": raw}, val_set, keep), out / "panels.png")
         print(table(scores))
         print(f"done in {(time.time() - started) / 60:.1f} min: {out}/best.pt, mIoU {100 * best:.2f} on val; "
               f"look at {out}/panels.png and {out}/curves.png")
     if world > 1:
         dist.barrier()                                    # gloo may hang where one leaves early
         dist.destroy_process_group()
-
 
 if __name__ == "__main__":
     try:

@@ -54,7 +54,6 @@ NEEDS = {                              # what a person asks for -> its files
     **RELEASES, **{f[:-4]: [f] for f in FILES if f.startswith("refcoco")}, "coco": ["images/train2014.zip"],
 }
 
-
 def fault(path: str | Path, size: int | None, digest: str = "") -> str:
     """What is wrong with a file: that it is missing, its size, or its hash if one is given; else ""."""
     if not os.path.isfile(path):
@@ -65,14 +64,12 @@ def fault(path: str | Path, size: int | None, digest: str = "") -> str:
         found = digest and hashlib.file_digest(file, "md5" if len(digest) == 32 else "sha256").hexdigest()
     return "" if found == digest else f"damaged: hash {found} instead of {digest}"
 
-
 def find(name: str, root: str | Path) -> Path:
     """Where a file of the table is; FileNotFoundError says what to run where it is missing or cut."""
     if why := fault(path := Path(root, name), FILES[name][0]):
         wanted = next(wanted for wanted in NEEDS if name in NEEDS[wanted])
         raise FileNotFoundError(f"{path} is {why}; run python weights.py {wanted}")
     return path
-
 
 def download(name: str, root: str | Path = "weights") -> Path:
     """A file of the table, verified; fetched into root if it is missing. OSError, ValueError: what to do."""
@@ -107,7 +104,6 @@ def download(name: str, root: str | Path = "weights") -> Path:
     raise OSError(f"{path} could not be fetched:{''.join(failures.values())}\n  Put it there by hand: "
                   f"{size or 'any number of'} bytes, hash {digest}")
 
-
 def append(url: str, part, have: int, size: int | None) -> None:
     """Of url what the open file part lacks. RequestException: try again; ValueError: this is not the file."""
     ask = {"Accept-Encoding": "identity", "Range": f"bytes={have}-"}  # packed, it could not be resumed
@@ -135,7 +131,6 @@ def append(url: str, part, have: int, size: int | None) -> None:
                 return os.fsync(part.fileno())            # on the disk before it gets its name
         raise requests.ConnectionError(f"closed after {done} of {total} bytes")     # what came is kept
 
-
 def write_whole(path: Path, write) -> None:
     """write(file) under another name, then rename: path is whole at any moment, the old one or the new."""
     temporary = Path(f"{path}.tmp")                       # one name: what a kill leaves is overwritten
@@ -150,7 +145,6 @@ def write_whole(path: Path, write) -> None:
         raise OSError(f"{path} is as it was, nothing new is written (free space or change the folder): {why}")
     finally:
         temporary.unlink(missing_ok=True)
-
 
 def unpack(path: Path) -> None:
     """data/refcoco.zip -> data/refcoco/{refs(...).p, instances.json}: no other member, only whole files."""
@@ -167,7 +161,6 @@ def unpack(path: Path) -> None:
     except (zipfile.BadZipFile, zipfile.zlib.error, EOFError, RuntimeError, ValueError) as why:
         raise ValueError(f"{path} cannot be unpacked: {why}") from why
 
-
 class Record(dict):
     """Stands in for any module class of a TorchScript archive: its tensors by dotted name, and no more."""
     def __setstate__(self, attributes: dict) -> None:
@@ -176,7 +169,6 @@ class Record(dict):
                 self.update({f"{name}.{k}": value.pop(k) for k in list(value)})
             elif isinstance(value, Tensor):
                 self[name] = value
-
 
 def read_tensors(path: str | Path) -> dict:
     """What torch.save or torch.jit.save wrote, by torch's weights-only reader; ValueError for all else."""
@@ -201,7 +193,6 @@ def read_tensors(path: str | Path) -> dict:
         reason = re.split(r"WeightsUnpickler error:|trusted source.", str(why))[-1].strip().partition("\n")[0]
         raise ValueError(f"{path} is missing, damaged or no file of tensors: {reason}") from None
 
-
 def load_checked(module: nn.Module, state: dict, new: str | None = None) -> None:
     """Load state whole; only keys with `new` in their name may be missing (".adapter.": those train)."""
     ours = {k: tuple(v.shape) for k, v in module.state_dict().items()}
@@ -213,11 +204,9 @@ def load_checked(module: nn.Module, state: dict, new: str | None = None) -> None
         raise ValueError("weights do not fit: " + "; ".join(misfits))
     module.load_state_dict(state, strict=False)           # every key is accounted for
 
-
 def load_dinov2(vision: nn.Module, path: str | Path) -> None:
     """DINOv2's released file into our VisionTransformer, adapters aside; ValueError names each misfit."""
     load_checked(vision, read_tensors(path), new=".adapter.")             # those are ours and train
-
 
 def load_clip_text(text: nn.Module, path: str | Path) -> None:
     """The text half of CLIP ViT-B/16, whose file holds half precision, into our TextTransformer."""
@@ -226,7 +215,6 @@ def load_clip_text(text: nn.Module, path: str | Path) -> None:
     if patch != (768, 3, 16, 16):                         # others have text halves of the same shapes
         raise ValueError(f"{path} is another CLIP than ViT-B/16: visual.conv1.weight is {patch}")
     load_checked(text, {k: v for k, v in state.items() if not k.startswith(rest)}, new=".adapter.")
-
 
 DETRIS = {                             # pieces of the authors' names -> ours, replaced from top to bottom
     ".module.": ".", ".dinov2.": ".vision.", ".txt_backbone.": ".text.", ".dense_branch": ".dense.branch",
@@ -240,7 +228,6 @@ DETRIS = {                             # pieces of the authors' names -> ours, r
         (".proj.vis.1", ".projector.up.0"), (".proj.vis.3", ".projector.up.1"))},
 }
 
-
 def from_detris(state: dict) -> dict:
     """The authors' state in our names; what DETRIS does not know keeps its own: load_checked refuses it."""
     rename = lambda key: functools.reduce(lambda k, pair: k.replace(*pair), DETRIS.items(), "." + key)[1:]
@@ -248,7 +235,6 @@ def from_detris(state: dict) -> dict:
     if (turned := "neck.levels.2.conv.weight") in ours:   # theirs is a transposed 1x1 convolution
         ours[turned] = ours[turned].transpose(0, 1)
     return ours
-
 
 def detris_config(state: dict) -> dict:
     """The configuration of an authors' checkpoint, read off the shapes of its state in our names."""
@@ -260,11 +246,9 @@ def detris_config(state: dict) -> dict:
         visual_layers=blocks(r"vision.blocks.(\d+).adapter"), visual_rank=size("vision.*adapter.down.bias"),
         text_layers=blocks(r"text.*blocks.(\d+).adapter"), text_rank=size("text.*adapter.down.bias"))
 
-
 def load_detris(model: DCRIS, path: str | Path) -> None:
     """The authors' checkpoint without its optimizer, into a model of the configuration that fits it."""
     load_checked(model, read_checkpoint(path)["model"])
-
 
 def load_encoders(model: DCRIS) -> None:
     """The released files in the folder config.weights into both encoders, unless that is none."""
@@ -273,12 +257,10 @@ def load_encoders(model: DCRIS) -> None:
         load_dinov2(model.vision, find(f"dinov2_vit{letter}14_reg4_pretrain.pth", root))
         load_clip_text(model.text, find("ViT-B-16.pt", root))
 
-
 def released(model: DCRIS) -> dict:
     """What a checkpoint leaves out: frozen parameters, if they came from released files."""
     whole = model.config.weights == "none" or model.config.method == "full"
     return {k: p for k, p in model.named_parameters() if not (whole or p.requires_grad)}
-
 
 def save_checkpoint(path: str | Path, model: DCRIS, *, optimizer=None, step=0, best=0.0, unread=()) -> None:
     """What trains, BatchNorm's buffers and all that resuming needs, as one dict, never half written."""
@@ -287,7 +269,6 @@ def save_checkpoint(path: str | Path, model: DCRIS, *, optimizer=None, step=0, b
                  model={k: state[k] for k in sorted(state.keys() - released(model))},
                  optimizer=optimizer and optimizer.state_dict())
     write_whole(Path(path), lambda file: torch.save(saved, file))     # a kill leaves the old one whole
-
 
 def read_checkpoint(path: str | Path) -> dict:
     """What save_checkpoint wrote, on the CPU, or an authors' file in that form; ValueError: neither."""
@@ -303,13 +284,11 @@ def read_checkpoint(path: str | Path) -> dict:
         raise ValueError(f"{path} is of another version: Config has no {' '.join(sorted(unknown))}")
     return saved
 
-
 def load_trained(model: DCRIS, saved: dict) -> None:
     """What a checkpoint holds, over the released encoders where it leaves them out."""
     if released(model).keys() - saved["model"].keys():    # an authors' file has the encoders in it
         load_encoders(model)
     load_checked(model, released(model) | saved["model"])
-
 
 def load_model(path_or_name: str | Path, device: str = "cpu") -> DCRIS:
     """A model in eval mode, from our checkpoint, an authors' file, or a release's name (detris_b_refcoco)."""
@@ -317,7 +296,6 @@ def load_model(path_or_name: str | Path, device: str = "cpu") -> DCRIS:
     model = DCRIS(Config(**saved["config"]))
     load_trained(model, saved)
     return model.to(device).eval()                        # dropout off, BatchNorm by its averages
-
 
 def main(argv: list[str] | None = None) -> None:
     """Exit status 0: done; 1: a file could not be had, or is damaged; 2: there is no such name."""
@@ -337,7 +315,6 @@ def main(argv: list[str] | None = None) -> None:
     for name, (size, licence, _, digest) in ({} if args.names else FILES).items():
         state = fault(path := Path(root(name), name), size, digest) or "present"    # reads it through
         print(f"{size or '?':>11}  {licence:<14}  {path}: {state}", flush=True)
-
 
 if __name__ == "__main__":
     main()
