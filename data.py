@@ -517,7 +517,6 @@ def open_dataset(name: str, split: str, root: str | Path = "data", seed: int = 0
 
 class EvalBatches:
     """All (object, sentence) pairs of a split, batch_size at a time, to process `rank` of `world` its share.
-
     A batch holds each photo and phrase once, image uint8 (P, 3, size, size) and tokens (T, L); photo and
     phrase (B,) are a pair's rows there; rows its number in the split; truth its mask at the photo's size.
     shuffle: each phrase is replaced by one of half the split further on, so of another photo."""

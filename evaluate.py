@@ -30,9 +30,9 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.data import DataLoader
 
-from data import Dataset, EvalBatches, Tokenizer, fit, letterbox, open_dataset, open_image
-from model import DCRIS, Config
-from weights import RELEASES, VOCABULARY, download, find, load_model, write_whole
+from data import Dataset, EvalBatches, fit, letterbox, open_dataset, open_image
+from model import DCRIS
+from weights import RELEASES, download, load_model, save_image, tokenizer_for, write_whole
 
 GREEN, RED, BLUE = (20, 150, 70), (220, 30, 30), (30, 100, 255)        # truth; predicted or wrong; missed
 FONTS = ("DejaVuSans.ttf", "arial.ttf", "Arial Unicode.ttf", "NotoSansCJK-Regular.ttc", "msyh.ttc",
@@ -46,10 +46,6 @@ PAPER = {                                                 # split -> Table 1's m
     "shapes": dict(val=(), testA=(), testB=())}
 PLACES = re.compile(r"\b(left|right|top|bottom|above|below|under|behind|front|back|near|far|middle|center|"
                     r"between|corner|first|second|third|last)(?:most)?\b")
-
-def tokenizer_for(cfg: Config) -> Tokenizer:
-    """CLIP's where the encoders are the released ones; encoders that began at random need no file."""
-    return Tokenizer(None if cfg.weights == "none" else find(VOCABULARY, cfg.weights), cfg.vocab_size)
 
 def start_processes(name: str) -> tuple[int, int, torch.device]:
     """(rank, world size, device); joins the others that torchrun started. auto: cuda, else mps, else cpu."""
@@ -232,10 +228,6 @@ def draw_panels(cases: list[dict], path: str | Path, side: int = 224) -> None:
             strip.paste(ImageOps.pad(picture, (side, side), color="white"), (left, top))
         strips.append(strip)
     save_image(Image.fromarray(np.concatenate(strips)), path)
-
-def save_image(image: Image.Image, path: str | Path) -> None:
-    """As PNG."""
-    write_whole(Path(path), lambda file: image.save(file, "PNG"))
 
 def showcase(models: dict[str, DCRIS], dataset: Dataset, rows: list[dict], threshold=None) -> list[dict]:
     """Of evaluate's rows the two best, two middle and two worst, as each model sees them, for draw_panels."""

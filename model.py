@@ -9,7 +9,6 @@
 
 Axes: B image-sentence pairs, P photos (P = B unless pairs share photos), H, W pixels, h, w patches, N = h*w,
 S = 1 + R + N image tokens with R registers, L text tokens, C image width, D text width, d head width.
-The encoders keep the released files' names, so those load without translation (weights.py).
 """
 import argparse
 import functools
@@ -338,11 +337,8 @@ class Decoder(nn.Module):
         return self.norm(x).transpose(1, 2).unflatten(2, grid)
 
 class UpConvBN(ConvBN):
-    """ConvBN, 3x3, of its input's bilinear enlargement: (B, C, h, h) -> (B, c, 2h, 2h).
-
-    Both steps are linear, so channels mix first, in the small map, for a quarter of the products; then one
-    matrix enlarges and shifts columns, and rows.
-    """
+    """ConvBN, 3x3, of its input's bilinear enlargement: (B, C, h, h) -> (B, c, 2h, 2h). Both are linear, so
+    channels mix first, for a quarter of the products; then a matrix enlarges and shifts columns, and rows."""
     def __init__(self, inputs: int, outputs: int, side: int):
         super().__init__(inputs, outputs, 3)
         large = F.interpolate(torch.eye(side)[None], scale_factor=2, mode="linear")[0].T   # (2h, h)

@@ -805,6 +805,11 @@ def test_compiled_equals_eager():
         contrastive_loss(network(image[:2], tokens, photo), mask / 255).backward()
         gradients.append({name: p.grad for name, p in model.named_parameters() if p.requires_grad})
     assert counter.frame_count == 1, f"compiled {counter.frame_count} times"
+    model.eval()
+    with torch.no_grad():
+        for _ in range(3):
+            close(compiled(image[:2], tokens, photo), model(image[:2], tokens, photo), 1e-5)
+    assert counter.frame_count == 2, f"compiled {counter.frame_count} times, once of them for evaluation"
     for name, grad in gradients[0].items():
         close(gradients[-1][name], grad, 1e-5, name)
 

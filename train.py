@@ -29,10 +29,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from adapters import share_batchnorm
 from data import Dataset, cache_photos, letterbox_mask, open_dataset, read_file
-from evaluate import (draw_panels, evaluate, precision, save_image, showcase, start_processes, table,
-                      tokenizer_for)
+from evaluate import draw_panels, evaluate, precision, showcase, start_processes, table
 from model import DCRIS, Config, contrastive_loss, parse_config
-from weights import load_encoders, load_trained, read_checkpoint, save_checkpoint, write_whole
+from weights import (load_encoders, load_trained, read_checkpoint, save_checkpoint, save_image, tokenizer_for,
+                     write_whole)
 
 LOG_EVERY = 25                                            # steps
 RUNS = ((40, 90, 200), (220, 80, 30), (30, 140, 70), (150, 60, 170), (90, 90, 90))      # a colour a run
@@ -139,6 +139,7 @@ def train_step(model: nn.Module, optimizer: torch.optim.Optimizer, parts: list[d
 def benchmark(cfg: Config, raw: DCRIS, model: nn.Module, optimizer: torch.optim.Optimizer,
               device: torch.device) -> dict:
     """Time cfg.benchmark real steps on random data; torch counts the arithmetic, a matmul gives the peak."""
+    import resource                                       # not on Windows
     wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
     dtype = torch.bfloat16 if cfg.bf16 else torch.float32
     side, B = cfg.image_size, cfg.batch_size // cfg.accumulate
@@ -165,11 +166,12 @@ def benchmark(cfg: Config, raw: DCRIS, model: nn.Module, optimizer: torch.optim.
         wait()
         rates.append(2 * n ** 3 / (time.perf_counter() - started))
     achieved = counter.get_total_flops() / seconds
-    memory = torch.cuda.max_memory_allocated() / 2 ** 30 if device.type == "cuda" else None
+    memory = torch.cuda.max_memory_allocated() if device.type == "cuda" else 1024 * resource.getrusage(
+        resource.RUSAGE_SELF).ru_maxrss                   # CPU: of the process
     name = torch.cuda.get_device_name() if device.type == "cuda" else platform.machine()
     return dict(samples_per_s=round(cfg.batch_size / seconds, 2), tflops=round(achieved / 1e12, 3),
                 matmul_peak_tflops=round(max(rates) / 1e12, 3), share_of_peak=round(achieved / max(rates), 3),
-                peak_memory_gib=memory and round(memory, 2), device=name, torch=torch.__version__,
+                peak_memory_gib=round(memory / 2 ** 30, 2), device=name, torch=torch.__version__,
                 batch_size=cfg.batch_size, accumulate=cfg.accumulate, compile=cfg.compile,
                 bf16=cfg.bf16)
 

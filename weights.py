@@ -19,6 +19,7 @@ import requests
 import torch
 from torch import Tensor, nn
 
+from data import Tokenizer
 from model import DCRIS, PRESETS, Config
 
 TIMEOUT, TRIES, PAUSE = (15, 30), 6, 1.0   # seconds to connect, without a byte; vain tries; pause, doubling
@@ -146,6 +147,10 @@ def write_whole(path: Path, write) -> None:
     finally:
         temporary.unlink(missing_ok=True)
 
+def save_image(image, path: str | Path) -> None:
+    """A PIL image as PNG."""
+    write_whole(Path(path), lambda file: image.save(file, "PNG"))
+
 def unpack(path: Path) -> None:
     """data/refcoco.zip -> data/refcoco/{refs(...).p, instances.json}: no other member, only whole files."""
     import fcntl
@@ -256,6 +261,10 @@ def load_encoders(model: DCRIS) -> None:
     if root != "none":
         load_dinov2(model.vision, find(f"dinov2_vit{letter}14_reg4_pretrain.pth", root))
         load_clip_text(model.text, find("ViT-B-16.pt", root))
+
+def tokenizer_for(cfg: Config) -> Tokenizer:
+    """CLIP's where the encoders are the released ones; encoders that began at random need no file."""
+    return Tokenizer(None if cfg.weights == "none" else find(VOCABULARY, cfg.weights), cfg.vocab_size)
 
 def released(model: DCRIS) -> dict:
     """What a checkpoint leaves out: frozen parameters, if they came from released files."""
