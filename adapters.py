@@ -81,20 +81,8 @@ def square_positions(side: int, width: int) -> Tensor:
     x, y = line[None].expand(side, -1, -1), line[:, None].expand(-1, side, -1)
     return torch.cat([x, y], dim=-1).flatten(0, 1)
 
-class ConvBN(nn.Module):
-    """Convolution that keeps the size, BatchNorm, ReLU. dims 1: (B, C, L); dims 2: (B, C, h, w)."""
-    def __init__(self, inputs: int, outputs: int, kernel: int, eps: float = 1e-5, bias: bool = False,
-                 dims: int = 2):
-        super().__init__()
-        conv, norm = {1: (nn.Conv1d, nn.BatchNorm1d), 2: (nn.Conv2d, nn.BatchNorm2d)}[dims]
-        self.conv = conv(inputs, outputs, kernel, padding=kernel // 2, bias=bias)
-        self.bn = norm(outputs, eps=eps)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.relu(self.bn(self.conv(x)))
-
 class Gather(torch.autograd.Function):
-    """All processes' samples, (B, ...) -> (world * B, ...); the gradient of each comes back summed."""
+    """All processes' samples, (B, ...) -> (world * B, ...), equally many each; gradients come back summed."""
     @staticmethod
     def forward(ctx, x: Tensor) -> Tensor:
         parts = [torch.empty_like(x) for _ in range(dist.get_world_size())]
@@ -106,28 +94,23 @@ class Gather(torch.autograd.Function):
         dist.all_reduce(grad := grad.contiguous())
         return grad.chunk(dist.get_world_size())[dist.get_rank()]
 
-class SharedBatchNorm(nn.modules.batchnorm._BatchNorm):
-    """BatchNorm over the batch of all processes, for CPUs, where torch's SyncBatchNorm does not run.
-
-    Each process gathers all samples, which must be equally many, normalises them and keeps its own.
-    """
-    def _check_input_dim(self, x: Tensor) -> None:
-        """Of torch's base class; any (B, C, ...) will do."""
+class ConvBN(nn.Module):
+    """Convolution that keeps the size, BatchNorm, ReLU. dims 1: (B, C, L); dims 2: (B, C, h, w)."""
+    def __init__(self, inputs: int, outputs: int, kernel: int, eps: float = 1e-5, bias: bool = False,
+                 dims: int = 2):
+        super().__init__()
+        conv, norm = {1: (nn.Conv1d, nn.BatchNorm1d), 2: (nn.Conv2d, nn.BatchNorm2d)}[dims]
+        self.conv = conv(inputs, outputs, kernel, padding=kernel // 2, bias=bias)
+        self.bn = norm(outputs, eps=eps)
 
     def forward(self, x: Tensor) -> Tensor:
-        if not self.training:
-            return super().forward(x)
-        everyone = super().forward(Gather.apply(x.contiguous()))
-        return everyone.chunk(dist.get_world_size())[dist.get_rank()]
+        return self.normalise(self.conv(x))
 
-def share_batchnorm(model: nn.Module, device: torch.device) -> nn.Module:
-    """Make every BatchNorm see all processes' samples: torch's own on CUDA, ours elsewhere."""
-    if device.type == "cuda":
-        return nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    for module in model.modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm):
-            module.__class__ = SharedBatchNorm            # same parameters and buffers, other forward
-    return model
+    def normalise(self, x: Tensor) -> Tensor:             # GPUs: torch's SyncBatchNorm, which CPUs lack
+        if not (self.training and dist.is_initialized() and x.device.type == "cpu"):
+            return F.relu(self.bn(x))
+        everyone = self.bn(Gather.apply(x.contiguous()))
+        return F.relu(everyone.chunk(dist.get_world_size())[dist.get_rank()])
 
 class DenseBranches(nn.Module):
     """The densely connected prior of Eq. 1: each kernel size reads the input and all smaller ones' outputs.

@@ -11,7 +11,6 @@ Axes: B image-sentence pairs, P photos (P = B unless pairs share photos), H, W p
 S = 1 + R + N image tokens with R registers, L text tokens, C image width, D text width, d head width.
 """
 import argparse
-import functools
 import math
 from dataclasses import dataclass, fields
 
@@ -350,7 +349,7 @@ class UpConvBN(ConvBN):
         maps = F.conv2d(x, mix).unflatten(1, (3, 3, -1))                   # (B, 3, 3, c, h, h)
         maps = maps.permute(0, 1, 3, 4, 2, 5).flatten(4) @ self.shifts.T   # (B, 3, c, h, 2h)
         maps = self.shifts @ maps.transpose(1, 2).flatten(2, 3)            # (B, c, 2h, 2h)
-        return F.relu(self.bn(maps))
+        return self.normalise(maps)
 
 class Projector(nn.Module):
     """Up-sampling projector (Eq. 5). x (B, d, h, w), sentence (B, D) -> logits (B, 1, 4h, 4w)."""
@@ -409,13 +408,6 @@ class DCRIS(nn.Module):
         table = self.text.positional_embedding.numel()
         return counts | dict(backbone=counts["vision"] + counts["text"] - table)
 
-@functools.lru_cache(maxsize=8)
-def area_weights(pixels: int, cells: int) -> Tensor:
-    """(cells, pixels): the share of each cell that each pixel covers; rows sum to 1."""
-    edges, pixel = torch.arange(cells + 1, dtype=torch.float64) * pixels / cells, torch.arange(pixels)
-    overlap = torch.minimum(edges[1:, None], pixel + 1) - torch.maximum(edges[:-1, None], pixel)
-    return (overlap.clamp(min=0) * cells / pixels).float()
-
 def contrastive_loss(logits: Tensor, mask: Tensor, rule: str = "aligned") -> Tensor:
     """Text-to-pixel contrastive loss (paper, Eq. 6): cross-entropy of sigma(F_c . F_l), mean over pixels.
 
@@ -425,6 +417,6 @@ def contrastive_loss(logits: Tensor, mask: Tensor, rule: str = "aligned") -> Ten
     if rule == "detris":
         mask = F.interpolate(mask, logits.shape[2:], mode="nearest")
     else:
-        rows, columns = (area_weights(*sides).to(mask) for sides in zip(mask.shape[2:], logits.shape[2:]))
-        mask = rows @ mask @ columns.T
+        fine = [math.lcm(*sides) for sides in zip(mask.shape[2:], logits.shape[2:])]   # pixels of both
+        mask = F.adaptive_avg_pool2d(F.interpolate(mask, fine, mode="nearest"), logits.shape[2:])
     return F.binary_cross_entropy_with_logits(logits, mask)

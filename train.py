@@ -27,7 +27,6 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
 
-from adapters import share_batchnorm
 from data import Dataset, cache_photos, letterbox_mask, open_dataset, read_file
 from evaluate import draw_panels, evaluate, precision, showcase, start_processes, table
 from model import DCRIS, Config, contrastive_loss, parse_config
@@ -208,7 +207,8 @@ def main(argv: list[str] | None = None) -> None:
     torch.manual_seed(cfg.seed)
     raw = DCRIS(cfg)
     load_trained(raw, saved) if saved else load_encoders(raw)
-    raw = share_batchnorm(raw, device) if world > 1 else raw
+    if world > 1 and device.type == "cuda":               # ConvBN does as much on CPUs
+        raw = nn.SyncBatchNorm.convert_sync_batchnorm(raw)
     raw.to(device, memory_format=torch.channels_last).train()
     counts = raw.parameter_counts()
     say("parameters: " + ", ".join(f"{name} {n:,}" for name, n in counts.items()))
