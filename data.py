@@ -156,9 +156,9 @@ def read_mask(mask, height: int, width: int) -> np.ndarray:
     """Path of a PNG, or COCO's segmentation -> bool (H, W). In a PNG all that is not black is the object."""
     if not isinstance(mask, str):
         return segmentation_to_mask(mask, height, width)
-    image = read_file(mask, lambda f: Image.open(f).copy(), "export this mask again")
-    pixels = np.asarray(image if len(image.getbands()) == 1 else image.convert("RGB"))  # palette: not entry 0
-    return (pixels.reshape(image.height, image.width, -1) != 0).any(-1)
+    image = read_file(mask, lambda f: Image.open(f).copy(), "export it again")
+    pixels = np.atleast_3d(image if len(image.getbands()) == 1 else image.convert("RGBA"))  # entry 0 is black
+    return (pixels[..., :3] != 0).any(-1) & (pixels[..., -1] != 0)            # and so is what is clear
 
 def segmentation_to_mask(segmentation, height: int, width: int) -> np.ndarray:
     """COCO polygons [[x, y, x, y, ...], ...] or RLE {"counts", "size"} -> bool (H, W), bit for bit COCO's."""
@@ -346,11 +346,9 @@ def read_member(f, offset: int, size: int, method: int) -> io.BytesIO:
 
 def jsonl_records(path: str | Path, split: str) -> list[dict]:
     """Your own data, an object a line: image, mask, sentences, maybe split; paths relative to the file.
-
-    mask: a PNG, COCO polygons or an RLE. A line without "split" belongs to every split.
-    """
+    mask: a PNG, COCO polygons or an RLE. A line without "split" belongs to every split."""
     folder, records = Path(path).parent, []
-    lines = read_file(path, lambda f: f.read().decode("utf-8-sig").split("\n"), "write it in UTF-8")
+    lines = read_file(path, lambda f: f.read().decode("utf-8-sig").split("\n"), "check the path")
     for number, line in filter(lambda numbered: numbered[1].strip(), enumerate(lines, 1)):
         try:
             entry = json.loads(line)
@@ -359,17 +357,18 @@ def jsonl_records(path: str | Path, split: str) -> list[dict]:
             phrases, mask, photo = entry["sentences"], entry["mask"], str(folder / entry["image"])
             if type(phrases) is not list or not all(type(s) is str and s.strip() for s in phrases or [0]):
                 raise ValueError(f"sentences {str(phrases)[:60]}: expected a list of phrases, none empty")
-            mask = str(folder / mask) if isinstance(mask, str) else mask
+            mask = str(folder / mask) if type(mask) is str else mask
             with Image.open(photo) as image:
                 size = list(image.size[::1 if image.getexif().get(274, 1) >= 5 else -1])   # on its side: >= 5
             pixels = read_mask(mask, *size)
             if list(pixels.shape) != size or not pixels.any():
-                raise ValueError(f"mask of {pixels.shape} is empty or not of the photo's size, {size}")
+                raise ValueError(f"mask is all black or {pixels.shape}, not of the photo's size, {size}")
             if entry.get("split", split) == split:
                 records.append(dict(id=f"{Path(path).name} line {number}", sentences=phrases, size=size,
                                     photo=photo, mask=mask, key=f"{photo} {os.path.getmtime(photo)}"))
         except Exception as e:     # whatever it is, the line gets named
-            raise ValueError(f"{path} line {number}: {e}") from e
+            quotes = "expected {...} with double quotes; " * isinstance(e, json.JSONDecodeError)
+            raise ValueError(f"{path} line {number}: {quotes}{e}") from e
     if not records:
         raise ValueError(f"{path} holds no line for split {split!r}")
     return records

@@ -132,7 +132,8 @@ PRESETS = {                            # differences from the defaults, nothing 
 
 def parse_config(argv: list[str] | None = None, saved: dict | None = None) -> Config:
     """Defaults < preset, or a checkpoint's saved config < flags. A wrong flag or value exits with 2."""
-    p = argparse.ArgumentParser(argument_default=argparse.SUPPRESS, allow_abbrev=False)
+    p = argparse.ArgumentParser(argument_default=argparse.SUPPRESS, allow_abbrev=False, epilog=(
+        "Config in model.py says what each means. Defaults are dcris_b's; --preset (tiny) changes them."))
     p.add_argument("--preset", choices=PRESETS, default="tiny")
     for f in fields(Config):
         kind = {bool: dict(action=argparse.BooleanOptionalAction),

@@ -409,6 +409,9 @@ def test_own_jsonl_is_read_and_its_faults_named_by_line():
     Image.new("RGB", (30, 40)).save(folder / "a.png", exif=ON_ITS_SIDE)        # 40 x 30 upright
     Image.fromarray(np.eye(30, 40, dtype=np.uint8)).save(folder / "mask.png")
     Image.new("RGB", (20, 30)).save(folder / "mask2.png")
+    clear = Image.new("RGBA", (40, 30), (255, 255, 255, 0))
+    clear.putpixel((3, 4), (255, 255, 255, 255))
+    clear.save(folder / "clear.png")
     def opened(asked="train", **changes):                  # three lines, changes in the second; a blank one
         second = {k: v for k, v in (good | changes).items() if v != "drop"}
         (folder / "own.jsonl").write_text("\n".join(map(json.dumps, [good, second, good])) + "\n\n")
@@ -416,10 +419,11 @@ def test_own_jsonl_is_read_and_its_faults_named_by_line():
     own = opened("val", split="val", mask=[[1, 1, 9, 1, 9, 9]])
     assert len(own) == 3 and len(opened("train", split="val")) == 2 and own.sentences(2) == ["dog", "pet"]
     assert own.mask(0).sum() == 30 and own.mask(1).shape == (30, 40) and own.photo(0).size == (40, 30)
+    assert opened(mask="clear.png").mask(1).sum() == 1
     for words, changes in (
             *(("phrases", dict(sentences=bad)) for bad in ([], "dog", ["a", 5], [" "])),
             ("lacks", dict(mask="drop")), ("polygons", dict(mask=[1])), ("size", dict(image="mask2.png")),
-            ("none.png", dict(image="none.png")), ("empty", dict(mask=dict(size=[30, 40], counts=[1200])))):
+            ("none.png", dict(image="none.png")), ("black", dict(mask=dict(size=[30, 40], counts=[1200])))):
         raises(ValueError, f"own.jsonl line 2: {words}", lambda: opened(**changes))
 
 def forked(work, kill: tuple = ()) -> int:
@@ -524,6 +528,13 @@ def test_unpacking_writes_only_what_is_needed_inside_the_folder():
         assert read()["refcoco/instances.json"] in ("cut", 3 * BYTES.hex())
     weights.unpack(path)
     assert len(read()) == 2 and read()["refcoco/instances.json"] == 3 * BYTES.hex()
+
+def test_files_are_listed_and_names_checked():
+    with contextlib.redirect_stdout(io.StringIO()) as said, contextlib.redirect_stderr(said):
+        weights.main(["--weights", "nowhere", "--data_root", "nowhere"])
+        raises(SystemExit, "2", lambda: weights.main(["dcris_c"]))
+        raises(OSError, "detris_b_refcoco", lambda: weights.load_model("detris_b_refcocoa"))
+    assert all(name in said.getvalue() for name in weights.FILES) and "no dcris_c; there" in said.getvalue()
 
 def clip_archive(path: Path, **changes) -> dict:           # TorchScript in half precision; SMALL's text state
     text = {k: torch.randn(v.shape).half() for k, v in small(text_layers=()).text.state_dict().items()}

@@ -290,7 +290,7 @@ def main(argv: list[str] | None = None) -> None:
     if rank == 0:
         draw_curves([out / "log.jsonl"], out / "curves.png")
         draw_panels(showcase({"prediction": raw}, val_set, keep), out / "panels.png")
-        print(table(scores))
+        print(f"val after the last step\n{table(scores)}")
         print(f"done in {(time.time() - started) / 60:.1f} min: {out}/best.pt, mIoU {100 * best:.2f} on val; "
               f"look at {out}/panels.png and {out}/curves.png")
     if world > 1:

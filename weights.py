@@ -96,14 +96,16 @@ def download(name: str, root: str | Path = "weights") -> Path:
                 part.truncate(0)                          # an old part may be to blame: then once more
                 raise (requests.RequestException if have else ValueError)(why)
             except (requests.RequestException, ValueError) as why:
-                failures[url] = f"\n  {url}: {why}"
+                failures[url] = f"\n  {url}: {str(why)[:150]}"
                 print(failures[url], file=sys.stderr)
                 urls += [] if isinstance(why, ValueError) else [url]      # again, after the other places
                 have = part.seek(0, os.SEEK_END)
                 failed, most = 0 if have > most else failed + 1, max(have, most)
                 time.sleep(min(60, PAUSE * 2 ** failed) if urls else 0)
-    raise OSError(f"{path} could not be fetched:{''.join(failures.values())}\n  Put it there by hand: "
-                  f"{size or 'any number of'} bytes, hash {digest}")
+    if not os.path.getsize(part.name):
+        os.remove(part.name)
+    raise OSError(f"{path} could not be fetched:{''.join(failures.values())}\nOpen {folders[0]}{path.name} "
+                  f"elsewhere, save it as {path}, and run this again: it checks the hash, {digest}")
 
 def append(url: str, part, have: int, size: int | None) -> None:
     """Of url what the open file part lacks. RequestException: try again; ValueError: this is not the file."""
@@ -280,7 +282,8 @@ def save_checkpoint(path: str | Path, model: DCRIS, *, optimizer=None, step=0, b
     write_whole(Path(path), lambda file: torch.save(saved, file))     # a kill leaves the old one whole
 
 def read_checkpoint(path: str | Path) -> dict:
-    """What save_checkpoint wrote, on the CPU, or an authors' file in that form; ValueError: neither."""
+    """What save_checkpoint wrote, on the CPU, or an authors' file or release in that form; or ValueError."""
+    path = download(RELEASES[path][0]) if path in RELEASES else path
     if fault(path, None):
         raise FileNotFoundError(f"{path} is missing; run python train.py or name one of {' '.join(RELEASES)}")
     saved = read_tensors(path)
@@ -301,7 +304,7 @@ def load_trained(model: DCRIS, saved: dict) -> None:
 
 def load_model(path_or_name: str | Path, device: str = "cpu") -> DCRIS:
     """A model in eval mode, from our checkpoint, an authors' file, or a release's name (detris_b_refcoco)."""
-    saved = read_checkpoint(download(RELEASES[path_or_name][0]) if path_or_name in RELEASES else path_or_name)
+    saved = read_checkpoint(path_or_name)
     model = DCRIS(Config(**saved["config"]))
     load_trained(model, saved)
     return model.to(device).eval()                        # dropout off, BatchNorm by its averages
@@ -309,10 +312,12 @@ def load_model(path_or_name: str | Path, device: str = "cpu") -> DCRIS:
 def main(argv: list[str] | None = None) -> None:
     """Exit status 0: done; 1: a file could not be had, or is damaged; 2: there is no such name."""
     p = argparse.ArgumentParser(description="List, fetch and check the released files.")
-    p.add_argument("names", nargs="*", choices=NEEDS, help="none: the list")
+    p.add_argument("names", nargs="*", help="none: the list of all files; else " + " ".join(NEEDS))
     p.add_argument("--weights", default="weights", help="folder of the weights")
     p.add_argument("--data_root", default="data", help="folder of the data (*.zip)")
     args = p.parse_args(argv)
+    if unknown := set(args.names) - set(NEEDS):
+        p.error(f"no {' '.join(unknown)}; there are {' '.join(NEEDS)}")
     root = lambda name: args.data_root if name.endswith(".zip") else args.weights
     try:
         for name in (file for asked in args.names for file in NEEDS[asked]):
