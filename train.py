@@ -240,8 +240,9 @@ def main(argv: list[str] | None = None) -> None:
     out.mkdir(parents=True, exist_ok=True)
     path, read = out / "log.jsonl", step - len(unread)    # a killed run may have gone on for some lines
     if rank == 0:
-        lines = path.read_bytes().splitlines(True) if read and path.exists() else []
-        write_whole(path, lambda f: f.writelines(line for line in lines if json.loads(line)["step"] <= read))
+        lines = path.read_bytes().split(b"\n")[:-1] if read and path.exists() else []     # whole ones
+        known = [line + b"\n" for line in lines if json.loads(line)["step"] <= read]
+        write_whole(path, lambda file: file.writelines(known))
     log = open(path if rank == 0 else os.devnull, "a")
     live = sys.stdout.isatty()                            # a terminal: one line, written over and over
     say(f"{cfg.dataset}: {len(train_set)} objects an epoch, {total - step} steps of {cfg.batch_size} pairs "
