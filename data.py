@@ -518,7 +518,7 @@ class EvalBatches:
     """All (object, sentence) pairs of a split, batch_size at a time, to process `rank` of `world` its share.
     A batch holds each photo and phrase once, image uint8 (P, 3, size, size) and tokens (T, L); photo and
     phrase (B,) are a pair's rows there; rows its number in the split; truth its mask at the photo's size.
-    shuffle: each phrase is replaced by one of half the split further on, so of another photo."""
+    shuffle: each phrase is replaced by one half a split further on, of another photo unless one has most."""
     def __init__(self, dataset: Dataset, tokenizer: Tokenizer, cfg, batch_size: int, rank: int = 0,
                  world: int = 1, shuffle: bool = False):
         self.dataset, self.tokenizer, self.cfg = dataset, tokenizer, cfg

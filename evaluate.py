@@ -16,6 +16,7 @@ import itertools
 import json
 import os
 import re
+import signal
 import sys
 import textwrap
 import time
@@ -35,8 +36,7 @@ from model import DCRIS
 from weights import RELEASES, download, load_model, save_image, tokenizer_for, write_whole
 
 GREEN, RED, BLUE = (20, 150, 70), (220, 30, 30), (30, 100, 255)        # truth; predicted or wrong; missed
-FONTS = ("DejaVuSans.ttf", "arial.ttf", "Arial Unicode.ttf", "NotoSansCJK-Regular.ttc", "msyh.ttc",
-         "Nirmala.ttf", "NotoSansDevanagari-Regular.ttf")              # of Linux, Windows and macOS
+FONTS = ("DejaVuSans.ttf", "arial.ttf", "Arial Unicode.ttf", "NotoSansCJK-Regular.ttc", "msyh.ttc")
 THRESHOLD = {"aligned": 0.5, "detris": 0.35}              # of the probability; the release's is 0.35
 NAMES = {"mIoU": 0, "oIoU": 0, "Pr@50": .5, "Pr@60": .6, "Pr@70": .7, "Pr@80": .8, "Pr@90": .9}  # IoU > X
 PAPER = {                                                 # split -> Table 1's mIoU of DCRIS-B and DCRIS-L
@@ -47,6 +47,9 @@ PAPER = {                                                 # split -> Table 1's m
 PLACES = re.compile(r"\b(left|right|top|bottom|above|below|under|behind|front|back|near|far|middle|center|"
                     r"between|corner|first|second|third|last)(?:most)?\b")
 
+def ignore_sigterm(worker: int) -> None:                  # in loaders: torchrun tells all, for the parent
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
 def start_processes(name: str) -> tuple[int, int, torch.device]:
     """(rank, world size, device); joins the others that torchrun started. auto: cuda, else mps, else cpu."""
     world, found = int(os.environ.get("WORLD_SIZE", 1)), torch.accelerator.current_accelerator(True)
@@ -54,10 +57,10 @@ def start_processes(name: str) -> tuple[int, int, torch.device]:
         device = torch.empty(0, device=str(found or "cpu") if name == "auto" else name).device
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"--device {name}: not on this machine ({str(error).splitlines()[0]})") from error
+    if device.type == "cuda":
+        torch.cuda.set_device(device := torch.device("cuda", int(os.environ.get("LOCAL_RANK", device.index))))
     if world == 1:
         return 0, 1, device
-    if device.type == "cuda":
-        torch.cuda.set_device(device := torch.device("cuda", int(os.environ["LOCAL_RANK"])))
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     return dist.get_rank(), world, device
 
@@ -152,7 +155,8 @@ def evaluate(model: DCRIS, dataset: Dataset, batch_size: int = 32, workers: int 
     cfg, device, rows = model.config, model.mean.device, [] if keep is None else keep
     batches = EvalBatches(dataset, tokenizer_for(cfg), cfg, batch_size, rank, world, shuffle_text)
     counts = torch.zeros(len(batches.pairs), 4, device=device)
-    for batch in DataLoader(batches, None, sampler=range(len(batches.chunks)), num_workers=workers):
+    for batch in DataLoader(batches, None, sampler=range(len(batches.chunks)), num_workers=workers,
+                            worker_init_fn=ignore_sigterm):
         truths = [truth.to(device, non_blocking=True) for truth in batch["truth"]]
         preds, scores = predict(model, batch, [truth.shape for truth in truths], threshold, bf16)
         for row, pred, truth, score in zip(batch["rows"], preds, truths, scores):      # waits for no result
@@ -205,10 +209,8 @@ def paint(photo: Image.Image, mask: np.ndarray, colour: tuple, truth=None) -> Im
     return canvas
 
 def draw_panels(cases: list[dict], path: str | Path, side: int = 224) -> None:
-    """A PNG like the paper's Figures 3 and 4, a row a case: photo | ground truth | predictions | error.
-
-    cases: dicts of title, photo, truth (H, W), preds {name: (H, W)}; the error is that of a lone prediction.
-    """
+    """A PNG like the paper's Figures 3 and 4: photo | ground truth | predictions | error of a lone one, a row
+    for each case, a dict of title, photo, truth (H, W) and preds {name: (H, W)}."""
     strips = []
     for case in cases:
         photo, truth, title = case["photo"], case["truth"], case["title"]
@@ -252,10 +254,10 @@ def table(scores: dict, paper: tuple = ()) -> str:
 
 def export(model: DCRIS, path: str | Path) -> None:
     """What torch.export.load reads alone: image uint8 (B, 3, H, W), tokens (B, L) -> logits, for any B."""
-    cfg, B = model.config, {0: torch.export.Dim("B")}
-    image = torch.zeros(2, 3, cfg.image_size, cfg.image_size, dtype=torch.uint8, device=model.mean.device)
-    tokens = torch.ones(2, cfg.text_length, dtype=torch.long, device=image.device)
-    program = torch.export.export(model, (image, tokens), dynamic_shapes=(B, B), strict=True)
+    side, B = model.config.image_size, {0: torch.export.Dim("B")}
+    inputs = torch.zeros(2, 3, side, side, dtype=torch.uint8), torch.ones(2, model.config.text_length).long()
+    inputs = tuple(x.to(model.mean.device) for x in inputs)
+    program = torch.export.export(model, inputs, dynamic_shapes=(B, B), strict=True)
     write_whole(Path(path), lambda file: torch.export.save(program, file))
 
 def benchmark(model: DCRIS, dataset: Dataset, args: argparse.Namespace) -> dict:
@@ -320,8 +322,7 @@ def main(argv: list[str] | None = None) -> None:
                 threshold=THRESHOLD[model.config.mask_rule] if args.threshold is None else args.threshold,
                 sha256=digests[path], config=vars(model.config), bf16=args.bf16, torch=torch.__version__))
             if rank == 0:
-                shuffled = ", phrases shuffled between photos" * args.shuffle_text
-                print(f"{path} on {name} {split}{shuffled}: {scores['n']} sentences, "
+                print(f"{path} on {name} {split}{', shuffled' * args.shuffle_text}: {scores['n']} sentences, "
                       f"{time.time() - started:.0f} s\n{table(scores, PAPER.get(name, {}).get(split, ()))}")
         cases += showcase(models, dataset, rows, args.threshold) if args.panels and rank == 0 else []
     for path, text in ((args.json, json.dumps(reports, indent=1)), (args.per_sentence, "".join(sentences))):

@@ -695,6 +695,7 @@ def test_two_and_four_processes_equal_one():
 def test_a_process_that_ends_ends_the_job_which_resumes_exactly():
     """Two processes: one is killed, so the other leaves; then SIGTERM, so all is saved; then to the end."""
     out, flags = new_folder(), few(data_root=make_refcoco(), dropout=0.1, epochs=12, save_minutes=0)
+    flags += ["--workers", "1"]
     command, last = [*TORCHRUN, "--nproc_per_node=2", "train.py", *flags, "--out"], out / "part/last.pt"
     run(*command, out / "whole")
     for words, signal in (("another process ended first", 9), ("stopped after step", 15)):

@@ -28,7 +28,8 @@ from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
 
 from data import Dataset, cache_photos, letterbox_mask, open_dataset, read_file
-from evaluate import draw_panels, evaluate, precision, showcase, start_processes, table
+from evaluate import (draw_panels, evaluate, ignore_sigterm, precision, showcase, start_processes,
+                      table)
 from model import DCRIS, Config, contrastive_loss, parse_config
 from weights import (load_encoders, load_trained, read_checkpoint, save_checkpoint, save_image, tokenizer_for,
                      write_whole)
@@ -141,7 +142,8 @@ def benchmark(cfg: Config, raw: DCRIS, model: nn.Module, optimizer: torch.optim.
     import resource                                       # not on Windows
     wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
     dtype = torch.bfloat16 if cfg.bf16 else torch.float32
-    side, B = cfg.image_size, cfg.batch_size // cfg.accumulate
+    unit = cfg.accumulate * (dist.get_world_size() if dist.is_initialized() else 1)
+    side, B = cfg.image_size, max(1, cfg.batch_size // unit)           # pairs a part, in each process
     parts = cfg.accumulate * [dict(
         image=torch.randint(0, 256, (B, 3, side, side), dtype=torch.uint8, device=device),
         tokens=torch.randint(1, cfg.vocab_size, (B, cfg.text_length), device=device),
@@ -151,11 +153,15 @@ def benchmark(cfg: Config, raw: DCRIS, model: nn.Module, optimizer: torch.optim.
     for _ in range(3):                                    # compile and warm up
         train_step(model, optimizer, parts, cfg, device)
     wait()
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()              # the first step was not compiled
     started = time.perf_counter()
     for _ in range(cfg.benchmark):
         train_step(model, optimizer, parts, cfg, device)
     wait()
     seconds = (time.perf_counter() - started) / cfg.benchmark
+    memory = torch.cuda.max_memory_allocated() if device.type == "cuda" else 1024 * resource.getrusage(
+        resource.RUSAGE_SELF).ru_maxrss                   # CPU: the process's, ever
     n = 8192 if device.type == "cuda" else 1024
     a, rates = torch.randn(n, n, device=device, dtype=dtype), []
     for _ in range(10):
@@ -165,13 +171,11 @@ def benchmark(cfg: Config, raw: DCRIS, model: nn.Module, optimizer: torch.optim.
         wait()
         rates.append(2 * n ** 3 / (time.perf_counter() - started))
     achieved = counter.get_total_flops() / seconds
-    memory = torch.cuda.max_memory_allocated() if device.type == "cuda" else 1024 * resource.getrusage(
-        resource.RUSAGE_SELF).ru_maxrss                   # CPU: of the process
     name = torch.cuda.get_device_name() if device.type == "cuda" else platform.machine()
-    return dict(samples_per_s=round(cfg.batch_size / seconds, 2), tflops=round(achieved / 1e12, 3),
+    return dict(samples_per_s=round(B * unit / seconds, 2), tflops=round(achieved / 1e12, 3),
                 matmul_peak_tflops=round(max(rates) / 1e12, 3), share_of_peak=round(achieved / max(rates), 3),
                 peak_memory_gib=round(memory / 2 ** 30, 2), device=name, torch=torch.__version__,
-                batch_size=cfg.batch_size, accumulate=cfg.accumulate, compile=cfg.compile,
+                batch_size=B * unit, accumulate=cfg.accumulate, compile=cfg.compile,
                 bf16=cfg.bf16)
 
 def draw_curves(logs: list[str | Path], path: str | Path) -> None:
@@ -226,6 +230,8 @@ def main(argv: list[str] | None = None) -> None:
         cache_photos(train_set, cfg.cache, cfg.image_size, cfg.mask_rule)
     batches, parts = TrainBatches(train_set, cfg, rank, world), cfg.accumulate
     epoch_ends = [math.ceil(e * len(train_set) / cfg.batch_size) for e in range(1, cfg.epochs + 1)]
+    if saved and not saved["optimizer"] and Path(cfg.resume).resolve().parent == Path(cfg.out).resolve():
+        raise ValueError(f"{cfg.resume} holds no optimizer, so a run from it begins anew: give another --out")
     total, step, best, unread = epoch_ends[-1], 0, -1.0, []      # unread: losses and norms, not yet logged
     if saved and saved["optimizer"]:                      # the authors' files come without one: a fresh start
         optimizer.load_state_dict(saved["optimizer"])
@@ -233,9 +239,11 @@ def main(argv: list[str] | None = None) -> None:
         unread = [torch.tensor(values, device=device) for values in saved["unread"]]
     if step >= total:
         raise ValueError(f"{cfg.resume} is at step {step} of {total}: nothing left; raise --epochs to go on")
+    asked = []                                            # SIGTERM: finish the step, save, leave
+    signal.signal(signal.SIGTERM, lambda *_: asked.append("stop"))
     loader = iter(DataLoader(batches, batch_size=None, sampler=range(step * parts, total * parts),
                              num_workers=cfg.workers, prefetch_factor=4 if cfg.workers else None,
-                             pin_memory=device.type == "cuda"))
+                             pin_memory=device.type == "cuda", worker_init_fn=ignore_sigterm))
     out = Path(cfg.out)
     out.mkdir(parents=True, exist_ok=True)
     path, read = out / "log.jsonl", step - len(unread)    # a killed run may have gone on for some lines
@@ -247,8 +255,6 @@ def main(argv: list[str] | None = None) -> None:
     live = sys.stdout.isatty()                            # a terminal: one line, written over and over
     say(f"{cfg.dataset}: {len(train_set)} objects an epoch, {total - step} steps of {cfg.batch_size} pairs "
         f"over {world} process{'es' * (world > 1)} on {device}; {len(val_set)} objects to validate on")
-    asked = []                                            # SIGTERM: finish the step, save, leave
-    signal.signal(signal.SIGTERM, lambda *_: asked.append("stop"))
 
     started, first, kept = time.time(), step, time.time()
     while step < total:
