@@ -1,9 +1,10 @@
-"""The small trainable modules that join a frozen image encoder and a frozen text encoder.
+"""The small trainable modules that join a frozen image encoder and a frozen text encoder, and their rivals.
 
     Attention, ConvBN    and other blocks that several parts are built from
     DenseCrossAdapter    paper Eq. 1-2: beside the MLP of some DINOv2 blocks
     TextAdapter          paper Eq. 3: beside the MLP of some CLIP text blocks
     DenseTextAdapter     what the authors' release has in place of Eq. 3
+    LoRA, HoulsbyAdapter, Compacter, EtrisBridge     the rivals of Table 2; attach says what goes where
 
 Axes: B pairs, S image tokens (class, R registers, N = h*w patches), L text tokens, C image width, D text
 width, r the adapter's reduced width ("rank" in the flags, "dim" in the paper's tables).
@@ -28,17 +29,19 @@ class Attention(nn.Module):
         self.in_proj_weight = nn.Parameter(torch.empty(3 * width, width))   # query, key, value: one table
         self.in_proj_bias = nn.Parameter(torch.zeros(3 * width))
         self.out_proj = nn.Linear(width, width)
+        self.adapter = nn.ModuleDict({"table": nn.Identity(), "out": nn.Identity()})     # places for attach
         nn.init.xavier_uniform_(self.in_proj_weight)
         nn.init.zeros_(self.out_proj.bias)
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, pad: Tensor | None = None,
                 causal: bool = False) -> Tensor:
-        parts = zip((query, key, value), self.in_proj_weight.chunk(3), self.in_proj_bias.chunk(3))
+        table = self.adapter["table"](self.in_proj_weight)
+        parts = zip((query, key, value), table.chunk(3), self.in_proj_bias.chunk(3))
         q, k, v = (F.linear(x, weight, bias).unflatten(-1, (self.heads, -1)).transpose(1, 2)
                    for x, weight, bias in parts)                            # (B, nh, Q or K, hd)
         seen = None if pad is None else ~pad[:, None, None, :]              # (B, 1, 1, K)
         x = F.scaled_dot_product_attention(q, k, v, seen, self.dropout if self.training else 0.0, causal)
-        return self.out_proj(x.transpose(1, 2).flatten(2))
+        return self.adapter["out"](self.out_proj(x.transpose(1, 2).flatten(2)))
 
     def gate(self, value: Tensor) -> Tensor:
         """The output where there is one key only: the softmax is 1 whatever the query. (B, E) -> (B, E).
@@ -55,10 +58,13 @@ class VisionAttention(nn.Module):
         super().__init__()
         self.heads = heads
         self.qkv, self.proj = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.adapter = nn.ModuleDict({"table": nn.Identity(), "out": nn.Identity()})     # places for attach
 
     def forward(self, x: Tensor) -> Tensor:
-        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)   # 3 x (B, nh, S, hd)
-        return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        qkv = F.linear(x, self.adapter["table"](self.qkv.weight), self.qkv.bias)
+        q, k, v = qkv.unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)          # 3 x (B, nh, S, hd)
+        x = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        return self.adapter["out"](self.proj(x))
 
 class QuickGELU(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
@@ -201,3 +207,122 @@ def init_adapter(adapter: nn.Module) -> None:
         if isinstance(module, (nn.Linear, nn.Conv1d, nn.Conv2d)):
             nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
             nn.init.zeros_(module.bias)
+
+# ---- the rivals of Table 2 ----
+class LoRA(nn.Module):
+    """LoRA (Hu et al. 2022, Eq. 3): W_0 + B A in place of W_0, for queries and values; B = 0 at first.
+
+    table (3C, C), the weights of queries, keys and values -> the same, so no token costs a product more.
+    """
+    def __init__(self, width: int, rank: int):
+        super().__init__()
+        self.A = nn.Parameter(torch.randn(2, rank, width) * width ** -0.5)
+        self.B = nn.Parameter(torch.zeros(2, width, rank))
+
+    def forward(self, table: Tensor) -> Tensor:
+        query, value = self.B @ self.A                                      # 2 x (C, C), times alpha / r = 1
+        return table + torch.cat([query, torch.zeros_like(query), value])
+
+class HoulsbyAdapter(TextAdapter):
+    """Adapter (Houlsby et al. 2019, Figure 2): x + up(relu(down(x))), behind an MLP. (B, S, C) -> same."""
+    def __init__(self, width: int, rank: int):
+        super().__init__(width, rank)
+        nn.init.zeros_(self.up.weight)                    # differs: nearly 0 there, here nothing at first
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + super().forward(x)
+
+class HypercomplexLinear(nn.Module):
+    """Compacter's layer: x W + b, W the sum of n Kronecker products of A_i (n, n) and s_i t_i of a low rank.
+
+    No product is ever built: x in n pieces meets s, then A, then t. (B, S, inputs) -> (B, S, outputs).
+    """
+    def __init__(self, inputs: int, outputs: int, n: int = 4, factor: int = 16):
+        super().__init__()
+        glorot = lambda a, b: (2 * torch.rand(n, a, b) - 1) * math.sqrt(12 / (a + b))     # gain sqrt(2)
+        self.A = nn.Parameter(0.01 * torch.randn(n, n, n))
+        self.s, self.t = (nn.Parameter(glorot(*x)) for x in ((inputs // n, factor), (factor, outputs // n)))
+        self.b = nn.Parameter(torch.zeros(outputs))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.unflatten(-1, (len(self.A), -1))                              # (B, S, n, inputs / n)
+        x = torch.einsum("...pc,icr->...ipr", x, self.s)                    # (B, S, n, n, factor)
+        x = torch.einsum("...ipr,ipq->...iqr", x, self.A)
+        return torch.einsum("...iqr,ird->...qd", x, self.t).flatten(-2) + self.b
+
+class Compacter(HoulsbyAdapter):
+    """Compacter (Karimi Mahabadi et al. 2021): Houlsby's of such layers, behind attention and behind MLP."""
+    def __init__(self, width: int, rank: int):
+        nn.Module.__init__(self)
+        self.down, self.up = HypercomplexLinear(width, rank), HypercomplexLinear(rank, width)
+
+def share_rule(model: nn.Module) -> None:
+    """Compacter: the first layer's A for all layers of both encoders."""
+    layers = [module for module in model.modules() if isinstance(module, HypercomplexLinear)]
+    for layer in layers:
+        layer.A = layers[0].A
+
+class EtrisBridge(nn.Module):
+    """A stage of ETRIS's Bridger (Xu et al. 2023): image + up(v * MHA(v, t, t)), text + up(t * MHA(t, v, v)).
+
+    patches (B, N, C), words (B, L, D), before: v and t of the stage before, zeros at first
+    -> what to add to patches and to words, and v (B, N, r) and t (B, L, r).
+    """
+    def __init__(self, width: int, text_width: int, rank: int, first: bool):
+        super().__init__()
+        self.down, self.up = ConvBN(width, rank, 1, dims=1), ConvBN(rank, width, 1, dims=1)
+        self.words_down, self.words_up = nn.Linear(text_width, rank), nn.Linear(rank, text_width)
+        self.norm, self.words_norm = (nn.Identity() if first else nn.LayerNorm(rank) for _ in range(2))
+        self.attn, self.words_attn = Attention(rank, 8), Attention(rank, 8)
+        for conv in (self.down.conv, self.up.conv):
+            nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
+        for linear in (self.words_down, self.words_up, self.attn.out_proj, self.words_attn.out_proj):
+            nn.init.normal_(linear.weight, std=0.02)
+            nn.init.zeros_(linear.bias)
+
+    def forward(self, patches: Tensor, words: Tensor, before: tuple) -> tuple[Tensor, Tensor, tuple]:
+        v = self.norm(self.down(patches.mT).mT + before[0])                 # (B, N, r)
+        t = self.words_norm(self.words_down(words) + before[1])             # (B, L, r)
+        patches, words = v * self.attn(v, t, t), t * self.words_attn(t, v, v)
+        return self.up(patches.mT).mT, self.words_up(words), (v, t)
+
+def run_in_step(vision: nn.Module, text: nn.Module, image: Tensor, tokens: Tensor, photo) -> tuple:
+    """Both encoders, which stop at each of ETRIS's bridges for what it adds: (taps, (words, sentence))."""
+    image_side, text_side, before = vision.stages(image, None, photo), text.stages(tokens), (0.0, 0.0)
+    patches, words = next(image_side), next(text_side)
+    for bridge in filter(None, (block.adapter for block in vision.blocks)):
+        change, words_change, before = bridge(patches, words, before)
+        patches, words = image_side.send(change), text_side.send(words_change)
+    return patches, words
+
+# ---- which method puts what where ----
+EVERY, ODD = tuple(range(12)), (1, 3, 5, 7, 9, 11)
+METHODS = {   # blocks and rank in the image encoder, in the text encoder; what ranks must be multiples of
+    "dcris": (ODD, 128, ODD, 64, 16),                     # 2,694,048 parameters
+    "lora": (EVERY, 32, EVERY, 16, 1),                    # 1,572,864
+    "adapter": (EVERY, 64, EVERY, 64, 1),                 # 1,982,976
+    "compacter": (EVERY, 384, EVERY, 384, 4),             # 1,622,080
+    "etris": ((3, 7, 11), 128, (3, 7, 11), 128, 8),       # 1,387,648
+    "frozen": ((), 128, (), 64, 16), "full": ((), 128, (), 64, 16),
+}
+
+def attach(block: nn.Module, cfg, i: int, visual: bool) -> None:
+    """Put what cfg.method has there into block i of the image or text encoder: all methods side by side."""
+    width, rank, layers = ((cfg.vision_width, cfg.visual_rank, cfg.visual_layers) if visual else
+                           (cfg.text_width, cfg.text_rank, cfg.text_layers))
+    block.adapter, block.bridged = None, cfg.method == "etris" and i in layers
+    if i not in layers:
+        return
+    if cfg.method == "lora":                              # onto the weights of attention
+        block.attn.adapter["table"] = LoRA(width, rank)
+    elif cfg.method == "adapter":                         # behind the MLP
+        block.mlp.add_module("adapter", HoulsbyAdapter(width, rank))
+    elif cfg.method == "compacter":                       # behind attention and behind the MLP
+        block.attn.adapter["out"] = Compacter(width, rank)
+        block.mlp.add_module("adapter", Compacter(width, rank))
+    elif cfg.method == "etris":                           # behind the block, between both encoders
+        block.adapter = EtrisBridge(width, cfg.text_width, rank, i == layers[0]) if visual else None
+    elif visual:                                          # beside the MLP: dcris, and full
+        block.adapter = DenseCrossAdapter(width, rank, cfg.text_width, cfg.dropout)
+    else:
+        block.adapter = (TextAdapter if cfg.text_adapter == "plain" else DenseTextAdapter)(width, rank)

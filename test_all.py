@@ -13,7 +13,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils._pytree import tree_leaves
 
 import data, train, weights
-from adapters import Attention, DenseCrossAdapter, DenseTextAdapter
+from adapters import METHODS, Attention, DenseCrossAdapter, DenseTextAdapter, HypercomplexLinear
 from data import (EvalBatches, Shapes, Tokenizer, letterbox, letterbox_mask, open_dataset, open_image,
                   segmentation_to_mask)
 from evaluate import (BLUE, RED, draw_panels, evaluate, groups_of, main as command_line, metrics, paint,
@@ -823,6 +823,62 @@ def test_compiled_equals_eager():
     assert counter.frame_count == 2, f"compiled {counter.frame_count} times, once of them for evaluation"
     for name, grad in gradients[0].items():
         close(gradients[-1][name], grad, 1e-5, name)
+
+# ---- methods (Table 2) ----
+def method(name: str, **changes) -> DCRIS:
+    """A small model of this method, in blocks 1 and 3 of the image encoder and both of the text's."""
+    layers = dict(visual_layers=(), text_layers=()) if name == "full" else dict(text_layers=(0, 1))
+    return small(**dict(method=name, decoder_depth=1) | layers | changes)
+
+def test_methods_count_what_the_papers_tables_say():
+    with contextlib.redirect_stdout(io.StringIO()) as said:
+        for number in "2345":
+            train.main(["--table", number])
+    rows = [line.split(" python train.py ")[0] for line in said.getvalue().splitlines()]
+    for row in ("full 149,972,225 100.00%", "frozen 0 0.00%", "adapter 1,982,976 1.32%",
+                "compacter 1,622,080 1.08%", "lora 1,572,864 1.05%", "etris 1,387,648 0.93%",
+                "dcris_3 1,347,024 0.90%", "dcris 2,694,048 1.80%", "12 5,388,096 3.59%"):
+        assert row.split() in [x.split() for x in rows] and len(rows) == 8 + 4 + 4 + 9, row
+    raises(ValueError, "--text_layers 1 rising", lambda: method("etris", visual_layers=(3,)))
+
+def test_methods_train_what_is_theirs_in_one_graph_and_are_read_back():
+    """Gradients reach all that a method trains, nothing else; frozen encoders stay out of its checkpoint."""
+    path, encoders = new_folder() / "ours.pt", new_folder() / "theirs.pt"
+    weights.save_checkpoint(encoders, small(method="full"))            # with adapters, which stay there
+    for name in METHODS:
+        model, counter = method(name, weights=str(encoders)), CompileCounterWithBackend("eager")
+        weights.load_encoders(model)
+        (image, tokens, mask), photo = random_batch(model.config).values(), torch.tensor([0, 0, 1, 1])
+        bare = method("frozen").eval()
+        bare.load_state_dict({k: v for k, v in model.state_dict().items() if ".adapter." not in k})
+        off = (model.eval()(image, tokens) - bare(image, tokens)).abs().max()
+        assert (off == 0) == (name in ("lora", "adapter", "frozen", "full")), f"{name} starts {off} off"
+        step = torch.compile(model.train(), backend=counter, fullgraph=True)
+        optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad])
+        for _ in range(3):                                 # in the first, a zero hides what is behind it
+            optimizer.zero_grad()
+            contrastive_loss(step(image[:2], tokens, photo), mask / 255).backward()
+            optimizer.step()
+        assert counter.frame_count == 1, name
+        for key, p in model.named_parameters():
+            mine = not key.startswith(("vision.", "text.")) or ".adapter." in key or name == "full"
+            trains = mine and key not in ("vision.mask_token", "text.logit_scale")
+            assert (p.grad is not None) == p.requires_grad == trains, f"{name} {key}"
+            assert not trains or p.grad.any() or key.endswith("conv.bias"), f"{name} {key}"
+        if name == "lora":                                 # LoRA melts into the encoders, which are then kept
+            before = model.eval()(image, tokens)
+            weights.merge_lora(model)
+            close(model(image, tokens), before, 1e-5, "merged")
+        weights.save_checkpoint(path, model)
+        kept, again = weights.read_checkpoint(path)["model"], weights.load_model(path)
+        assert ("vision.norm.bias" in kept) == (name in ("lora", "full")), name
+        assert torch.equal(again(image, tokens), model.eval()(image, tokens)), name
+
+def test_hypercomplex_layer_is_its_kronecker_products():
+    layers = [x for x in method("compacter").modules() if isinstance(x, HypercomplexLinear)]
+    W = sum(torch.kron(A, s @ t) for A, s, t in zip(layers[0].A, layers[0].s, layers[0].t))
+    close(layers[0](x := torch.randn(2, 5, 32)), x @ W + layers[0].b, 1e-6)
+    assert len(layers) == 16 and all(x.A is layers[0].A for x in layers)
 
 def test_refcoco_mini_trains_and_scores():
     root, out = shared("refcoco_mini"), new_folder()

@@ -5,6 +5,7 @@
     torchrun --standalone --nproc_per_node=4 train.py --preset dcris_l --dataset refcoco     the paper's L
     python train.py --resume out/last.pt             go on where a run stopped
     python train.py --preset dcris_b --benchmark 50  time 50 steps on random data, print one JSON line
+    python train.py --table 2                        the rows of the paper's Table 2 and what trains each
 
 Writes OUT/log.jsonl, last.pt, best.pt (best mIoU on val), curves.png and panels.png.
 """
@@ -40,6 +41,17 @@ ADVICE = {                                                # what torch's error h
     "allocate memory": "lower --batch_size, or reach it in parts with --accumulate 2, 4, ...",
     " by peer": "another process ended first: its own message says why; go on with --resume",
     "DataLoader worker": "a loader process was killed, mostly for memory: set fewer --workers, or 0"}
+LAYERS = ("8", "6 11", "4 8 11", "3 6 9 11", "3 5 7 9 11", "1 3 5 7 9 11", "1 3 5 7 9 10 11",
+          "1 3 4 5 7 9 10 11", "0 1 2 3 4 5 6 7 8 9 10 11")       # Table 5's
+TABLES = {                                                # of the paper: row -> flags beside --preset dcris_b
+    2: {name: f"--method {name}" for name in "full frozen adapter compacter lora etris dcris".split()}
+       | {"dcris_3": "--visual_layers 4 8 11 --text_layers 4 8 11"},
+    3: {"none": "--visual_layers --text_layers", "DA": "--text_layers", "TA": "--visual_layers",
+        "both": "--method dcris"},
+    4: {f"{v}_{t}": f"--visual_rank {v} --text_rank {t}"
+        for v, t in ((64, 64), (128, 64), (128, 128), (256, 128))},
+    5: {str(len(x.split())): f"--visual_layers {x} --text_layers {x}" for x in LAYERS},
+}
 
 def lr_factor(cfg: Config, done: float) -> float:
     """Share of the peak learning rate after a share `done` of the run, 0 to 1."""
@@ -48,6 +60,15 @@ def lr_factor(cfg: Config, done: float) -> float:
     if cfg.schedule == "cosine":
         return 0.5 + 0.5 * math.cos(math.pi * (done - cfg.warmup) / (1 - cfg.warmup))
     return 0.1 ** sum(done * cfg.epochs >= epoch for epoch in cfg.lr_steps)
+
+def print_table(number: int) -> None:
+    """A line for each row: parameters beside the head's, their share of the backbone, the command."""
+    for row, flags in TABLES[number].items():
+        with torch.device("meta"):                        # counts without computing
+            counts = DCRIS(parse_config(["--preset", "dcris_b", *flags.split()])).parameter_counts()
+        n = counts["backbone" if row == "full" else "adapters"]
+        print(f"{row:<10}{n:>12,} {n / counts['backbone']:8.2%}  python train.py --preset dcris_b {flags} "
+              f"--out out/table{number}/{row}")
 
 # ---- batches ----
 
@@ -199,6 +220,8 @@ def draw_curves(logs: list[str | Path], path: str | Path) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     cfg, saved = parse_config(argv), None
+    if cfg.table:
+        return print_table(cfg.table)
     if cfg.resume:
         saved = read_checkpoint(cfg.resume)
         cfg = parse_config(argv, saved["config"])
