@@ -1,11 +1,7 @@
 """The small trainable modules that join a frozen image encoder and a frozen text encoder, and their rivals.
 
-    Attention, ConvBN    and other blocks that several parts are built from
-    DenseCrossAdapter    paper Eq. 1-2: beside the MLP of some DINOv2 blocks
-    TextAdapter          paper Eq. 3: beside the MLP of some CLIP text blocks
-    DenseTextAdapter     what the authors' release has in place of Eq. 3
-    LoRA, HoulsbyAdapter, Compacter, EtrisBridge     the rivals of Table 2; attach says what goes where
-
+First the blocks that several parts share, then our adapters, then the rivals of Table 2; attach, at the end,
+says which method puts what where.
 Axes: B pairs, S image tokens (class, R registers, N = h*w patches), L text tokens, C image width, D text
 width, r the adapter's reduced width ("rank" in the flags, "dim" in the paper's tables).
 """
@@ -46,8 +42,7 @@ class Attention(nn.Module):
     def gate(self, value: Tensor) -> Tensor:
         """The output where there is one key only: the softmax is 1 whatever the query. (B, E) -> (B, E).
 
-        Queries and keys are never computed; their rows of the table stay (they count, and checkpoints
-        have them) and get a gradient of exactly zero, as they do in the original.
+        The table's rows for queries and keys are never read; as in the original, their gradient is zero.
         """
         weight, bias = self.in_proj_weight.chunk(3)[2], self.in_proj_bias.chunk(3)[2]
         return self.out_proj(F.linear(value, weight, bias))
@@ -84,26 +79,16 @@ def sine_positions(length: int, width: int) -> Tensor:
 def square_positions(side: int, width: int) -> Tensor:
     """The same for a square of patches, (side * side, width): first half of the width x, second half y."""
     line = sine_positions(side, width // 2)
-    x, y = line[None].expand(side, -1, -1), line[:, None].expand(-1, side, -1)
-    return torch.cat([x, y], dim=-1).flatten(0, 1)
+    return torch.cat([line.repeat(side, 1), line.repeat_interleave(side, dim=0)], dim=1)
 
-class Gather(torch.autograd.Function):
-    """All processes' samples, (B, ...) -> (world * B, ...), equally many each; gradients come back summed."""
-    @staticmethod
-    def forward(ctx, x: Tensor) -> Tensor:
-        parts = [torch.empty_like(x) for _ in range(dist.get_world_size())]
-        dist.all_gather(parts, x)
-        return torch.cat(parts)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor) -> Tensor:
-        dist.all_reduce(grad := grad.contiguous())
-        return grad.chunk(dist.get_world_size())[dist.get_rank()]
+def summed(grad: Tensor) -> Tensor:
+    """The sum of all processes' gradients."""
+    dist.all_reduce(grad := grad.clone())
+    return grad
 
 class ConvBN(nn.Module):
     """Convolution that keeps the size, BatchNorm, ReLU. dims 1: (B, C, L); dims 2: (B, C, h, w)."""
-    def __init__(self, inputs: int, outputs: int, kernel: int, eps: float = 1e-5, bias: bool = False,
-                 dims: int = 2):
+    def __init__(self, inputs: int, outputs: int, kernel: int, eps: float = 1e-5, bias=False, dims=2):
         super().__init__()
         conv, norm = {1: (nn.Conv1d, nn.BatchNorm1d), 2: (nn.Conv2d, nn.BatchNorm2d)}[dims]
         self.conv = conv(inputs, outputs, kernel, padding=kernel // 2, bias=bias)
@@ -112,11 +97,16 @@ class ConvBN(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return self.normalise(self.conv(x))
 
-    def normalise(self, x: Tensor) -> Tensor:             # GPUs: torch's SyncBatchNorm, which CPUs lack
+    def normalise(self, x: Tensor) -> Tensor:
         if not (self.training and dist.is_initialized() and x.device.type == "cpu"):
-            return F.relu(self.bn(x))
-        everyone = self.bn(Gather.apply(x.contiguous()))
-        return F.relu(everyone.chunk(dist.get_world_size())[dist.get_rank()])
+            return F.relu(self.bn(x))                     # processes on GPUs: torch's SyncBatchNorm
+        rank, x = dist.get_rank(), x.contiguous()         # CPUs lack it, so each normalises all samples
+        parts = [torch.empty_like(x) for _ in range(dist.get_world_size())]
+        dist.all_gather(parts, x.detach())
+        parts[rank] = x                                   # only its own carry a gradient, so that is summed
+        everyone = torch.cat(parts)                       # (world * B, ...)
+        everyone.register_hook(summed)
+        return F.relu(self.bn(everyone).chunk(len(parts))[rank])
 
 class DenseBranches(nn.Module):
     """The densely connected prior of Eq. 1: each kernel size reads the input and all smaller ones' outputs.
@@ -141,8 +131,7 @@ class CrossAttention(nn.Module):
     """F_MHCA of Eq. 2: patches ask, words answer, at a width of 128 whatever the rank is."""
     def __init__(self, rank: int, text_width: int, dropout: float, width: int = 128, heads: int = 8):
         super().__init__()
-        self.query = nn.Linear(rank, width)
-        self.words = nn.Linear(text_width, width)
+        self.query, self.words = nn.Linear(rank, width), nn.Linear(text_width, width)
         self.attn = Attention(width, heads, dropout)
         self.back = nn.Linear(width, rank)
 
@@ -162,7 +151,7 @@ class DenseCrossAdapter(nn.Module):
         self.dense = DenseBranches(rank, dims=2)
         self.cross = CrossAttention(rank, text_width, dropout)
         self.up = nn.Linear(rank, width)
-        init_adapter(self)
+        self.apply(init_adapter)
 
     def forward(self, x: Tensor, words: Tensor, grid: tuple[int, int]) -> Tensor:
         h, w = grid
@@ -177,9 +166,8 @@ class TextAdapter(nn.Module):
     """Text adapter (paper, Eq. 3): down, ReLU, up. (B, L, D) -> (B, L, D)."""
     def __init__(self, width: int, rank: int):
         super().__init__()
-        self.down = nn.Linear(width, rank)
-        self.up = nn.Linear(rank, width)
-        init_adapter(self)
+        self.down, self.up = nn.Linear(width, rank), nn.Linear(rank, width)
+        self.apply(init_adapter)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.up(F.relu(self.down(x)))
@@ -194,19 +182,18 @@ class DenseTextAdapter(nn.Module):
         self.down = nn.Linear(width, rank)
         self.dense = DenseBranches(rank, dims=1)
         self.up = nn.Linear(rank, width)
-        init_adapter(self)
+        self.apply(init_adapter)
 
     def forward(self, x: Tensor) -> Tensor:
         x = F.relu(self.down(x))                                            # (B, L, r), F_t
         dense = self.dense(x[:, 1:].transpose(1, 2)).transpose(1, 2)        # (B, L - 1, r)
         return self.up(torch.cat([x[:, :1], dense], dim=1) + x)
 
-def init_adapter(adapter: nn.Module) -> None:
+def init_adapter(layer: nn.Module) -> None:
     """Kaiming normal weights, zero biases, as released; no weight starts at zero, so adapters act at once."""
-    for module in adapter.modules():
-        if isinstance(module, (nn.Linear, nn.Conv1d, nn.Conv2d)):
-            nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
-            nn.init.zeros_(module.bias)
+    if isinstance(layer, (nn.Linear, nn.Conv1d, nn.Conv2d)):
+        nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
+        nn.init.zeros_(layer.bias)
 
 # ---- the rivals of Table 2 ----
 class LoRA(nn.Module):
@@ -246,8 +233,7 @@ class HypercomplexLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = x.unflatten(-1, (len(self.A), -1))                              # (B, S, n, inputs / n)
-        x = torch.einsum("...pc,icr->...ipr", x, self.s)                    # (B, S, n, n, factor)
-        x = torch.einsum("...ipr,ipq->...iqr", x, self.A)
+        x = torch.einsum("...pc,icr,ipq->...iqr", x, self.s, self.A)        # (B, S, n, n, factor)
         return torch.einsum("...iqr,ird->...qd", x, self.t).flatten(-2) + self.b
 
 class Compacter(HoulsbyAdapter):
@@ -255,12 +241,6 @@ class Compacter(HoulsbyAdapter):
     def __init__(self, width: int, rank: int):
         nn.Module.__init__(self)
         self.down, self.up = HypercomplexLinear(width, rank), HypercomplexLinear(rank, width)
-
-def share_rule(model: nn.Module) -> None:
-    """Compacter: the first layer's A for all layers of both encoders."""
-    layers = [module for module in model.modules() if isinstance(module, HypercomplexLinear)]
-    for layer in layers:
-        layer.A = layers[0].A
 
 class EtrisBridge(nn.Module):
     """A stage of ETRIS's Bridger (Xu et al. 2023): image + up(v * MHA(v, t, t)), text + up(t * MHA(t, v, v)).

@@ -19,8 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from adapters import (METHODS, Attention, ConvBN, DenseCrossAdapter, QuickGELU, VisionAttention, attach, mlp,
-                      run_in_step, share_rule, sine_positions, square_positions)
+from adapters import (METHODS, Attention, ConvBN, DenseCrossAdapter, HypercomplexLinear, QuickGELU,
+                      VisionAttention, attach, mlp, run_in_step, sine_positions, square_positions)
 
 ADAPTER_SCALE = 0.2                                       # weight of an adapter beside its MLP, as released
 MEAN = (0.48145466, 0.4578275, 0.40821073)                # CLIP's, for DINOv2 too, as released
@@ -401,7 +401,9 @@ class DCRIS(nn.Module):
         self.neck, self.decoder, self.projector = Neck(config), Decoder(config), Projector(config)
         self.register_buffer("mean", 255 * torch.tensor(MEAN).view(3, 1, 1), persistent=False)
         self.register_buffer("std", 255 * torch.tensor(STD).view(3, 1, 1), persistent=False)
-        share_rule(self)
+        compacter = [module for module in self.modules() if isinstance(module, HypercomplexLinear)]
+        for layer in compacter:                           # one A for all of them, in both encoders
+            layer.A = compacter[0].A
         for name, p in self.named_parameters():           # frozen: the encoders, but for what attach put in
             if name.startswith(("vision.", "text.")) and config.method != "full":
                 p.requires_grad_(".adapter." in name)
