@@ -1,7 +1,6 @@
 """The small trainable modules that join a frozen image encoder and a frozen text encoder, and their rivals.
 
-First the blocks that several parts share, then our adapters, then the rivals of Table 2; attach, at the end,
-says which method puts what where.
+Blocks that parts share, then ours, then Table 2's rivals; last, attach says which method puts what where.
 Axes: B pairs, S image tokens (class, R registers, N = h*w patches), L text tokens, C image width, D text
 width, r the adapter's reduced width ("rank" in the flags, "dim" in the paper's tables).
 """
@@ -81,11 +80,6 @@ def square_positions(side: int, width: int) -> Tensor:
     line = sine_positions(side, width // 2)
     return torch.cat([line.repeat(side, 1), line.repeat_interleave(side, dim=0)], dim=1)
 
-def summed(grad: Tensor) -> Tensor:
-    """The sum of all processes' gradients."""
-    dist.all_reduce(grad := grad.clone())
-    return grad
-
 class ConvBN(nn.Module):
     """Convolution that keeps the size, BatchNorm, ReLU. dims 1: (B, C, L); dims 2: (B, C, h, w)."""
     def __init__(self, inputs: int, outputs: int, kernel: int, eps: float = 1e-5, bias=False, dims=2):
@@ -103,9 +97,9 @@ class ConvBN(nn.Module):
         rank, x = dist.get_rank(), x.contiguous()         # CPUs lack it, so each normalises all samples
         parts = [torch.empty_like(x) for _ in range(dist.get_world_size())]
         dist.all_gather(parts, x.detach())
-        parts[rank] = x                                   # only its own carry a gradient, so that is summed
+        parts[rank] = x                                   # the only ones with a gradient, so: summed in place
         everyone = torch.cat(parts)                       # (world * B, ...)
-        everyone.register_hook(summed)
+        everyone.register_hook(lambda grad: dist.all_reduce(grad))
         return F.relu(self.bn(everyone).chunk(len(parts))[rank])
 
 class DenseBranches(nn.Module):
@@ -132,8 +126,7 @@ class CrossAttention(nn.Module):
     def __init__(self, rank: int, text_width: int, dropout: float, width: int = 128, heads: int = 8):
         super().__init__()
         self.query, self.words = nn.Linear(rank, width), nn.Linear(text_width, width)
-        self.attn = Attention(width, heads, dropout)
-        self.back = nn.Linear(width, rank)
+        self.attn, self.back = Attention(width, heads, dropout), nn.Linear(width, rank)
 
     def forward(self, patches: Tensor, words: Tensor) -> Tensor:
         words = self.words(words)                                           # (B, L, 128)
@@ -179,8 +172,7 @@ class DenseTextAdapter(nn.Module):
     """
     def __init__(self, width: int, rank: int):
         super().__init__()
-        self.down = nn.Linear(width, rank)
-        self.dense = DenseBranches(rank, dims=1)
+        self.down, self.dense = nn.Linear(width, rank), DenseBranches(rank, dims=1)
         self.up = nn.Linear(rank, width)
         self.apply(init_adapter)
 

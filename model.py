@@ -101,13 +101,11 @@ class Config:
         number = dict(taps=2) | ({"text_layers": len(self.visual_layers)} if self.method == "etris" else {})
         for name, depth in (("visual_layers", self.vision_depth), ("text_layers", self.text_depth),
                             ("taps", self.vision_depth - 1)):
-            rising = list(at(name)) == sorted(set(at(name))) and set(at(name)) <= set(range(depth))
+            rising = list(at(name)) == sorted({*at(name)} & {*range(depth)})
             good[name] = rising and number.get(name, len(at(name))) == len(at(name)), (
                 f"{number.get(name, 'any')} rising block numbers from 0 to {depth - 1}")
         good["text_length"] = 3 <= self.text_length <= self.context, f"3 to --context {self.context}"
-        good |= {name: (0 <= at(name) < 1, "a share from 0 to below 1") for name in ("dropout", "warmup")}
-        good |= {name: (0 <= at(name) < math.inf, "0 or more") for name in
-                 ("lr", "clip", "workers", "save_minutes")}
+        good |= {name: (0 <= at(name) < end, f"from 0 to below {end}") for name, end in BELOW.items()}
         for name, (is_good, need) in good.items():
             if not is_good:
                 raise ValueError(f"--{name} {at(name)}: need {need}")
@@ -115,10 +113,11 @@ class Config:
 CHOICES = {"pos_resize": ("dinov2", "detris"), "mask_rule": ("aligned", "detris"),
            "text_adapter": ("plain", "dense"), "schedule": ("step", "cosine"),
            "method": tuple(METHODS), "table": (0, 2, 3, 4, 5)}
-MULTIPLES = {name: () for name in "vision_heads text_heads head_heads patch_size vision_depth text_depth "
-             "decoder_depth decoder_ffn pos_grid batch_size accumulate epochs".split()} | {    # of what or 1
-             "vision_width": ("vision_heads", 4), "text_width": ("text_heads",),
-             "head_width": ("head_heads", 4), "image_size": ("patch_size",)}
+BELOW = dict(dropout=1, warmup=1) | dict.fromkeys(("lr", "clip", "workers", "save_minutes"), math.inf)
+MULTIPLES = dict(vision_width=("vision_heads", 4), text_width=("text_heads",), head_width=("head_heads", 4),
+                 image_size=("patch_size",)) | dict.fromkeys((                      # (): of 1
+    "vision_heads text_heads head_heads patch_size vision_depth text_depth decoder_depth decoder_ffn "
+    "pos_grid batch_size accumulate epochs").split(), ())
 
 PRESETS = {                            # differences from the defaults, nothing else
     "tiny": dict(vision_width=128, vision_depth=4, vision_heads=4, patch_size=8, image_size=64, pos_grid=8,
@@ -181,36 +180,31 @@ class VisionTransformer(nn.Module):
     def __init__(self, cfg: Config):
         super().__init__()
         C, side = cfg.vision_width, cfg.image_size // cfg.patch_size
-        self.grid, self.table_side, self.rule = (side, side), cfg.pos_grid, cfg.pos_resize
-        self.image_size = (cfg.image_size, cfg.image_size)
-        self.prefix = 1 + cfg.registers                   # class token and registers
-        self.taps = (*cfg.taps, cfg.vision_depth - 1)
+        self.grid, self.image_size = (side, side), (cfg.image_size, cfg.image_size)
+        self.table_side, self.rule = cfg.pos_grid, cfg.pos_resize
+        self.prefix, self.taps = 1 + cfg.registers, (*cfg.taps, cfg.vision_depth - 1)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, C))
         # differs: sines where the original draws at random, for training from nothing; files replace them
-        places = F.pad(square_positions(cfg.pos_grid, C), (0, 0, 1, 0))
-        self.pos_embed = nn.Parameter(0.5 * places[None])                  # (1, 1 + grid^2, C)
+        self.pos_embed = nn.Parameter(0.5 * F.pad(square_positions(cfg.pos_grid, C), (0, 0, 1, 0))[None])
         self.register_tokens = nn.Parameter(1e-6 * torch.randn(1, cfg.registers, C))
         self.mask_token = nn.Parameter(torch.zeros(1, C), requires_grad=False)   # of pretraining, never read
         self.patch_embed = nn.ModuleDict({"proj": nn.Conv2d(3, C, cfg.patch_size, stride=cfg.patch_size)})
         self.blocks = nn.ModuleList(VisionBlock(cfg, i) for i in range(cfg.vision_depth))
         self.norm = nn.LayerNorm(C, eps=1e-6)
         self.register_buffer("positions", self.resize_positions().detach().clone(), persistent=False)
-        self.register_load_state_dict_post_hook(VisionTransformer.table_loaded)
+        self.register_load_state_dict_post_hook(                           # once a load, not once a forward
+            lambda vision, _: setattr(vision, "positions", vision.resize_positions().detach().clone()))
 
     def resize_positions(self) -> Tensor:
         """The table for this grid, (1, 1 + N, C): bicubic, by the rule; the class token's entry is kept."""
         if self.grid == (self.table_side, self.table_side):
             return self.pos_embed
         first, patches = self.pos_embed.split([1, self.table_side ** 2], dim=1)
-        how = dict(size=self.grid, antialias=True)
-        if self.rule == "detris":                         # the factor itself, not its rounding, sets the step
-            how = dict(scale_factor=[(side + 0.1) / self.table_side for side in self.grid])
+        factor = [(side + 0.1) / self.table_side for side in self.grid]    # not rounded: detris's step
+        how = dict(size=self.grid, antialias=True) if self.rule == "dinov2" else dict(scale_factor=factor)
         patches = patches.unflatten(1, (self.table_side, -1)).permute(0, 3, 1, 2)
         patches = F.interpolate(patches, mode="bicubic", **how)            # (1, C, h, w)
         return torch.cat([first, patches.flatten(2).transpose(1, 2)], dim=1)
-
-    def table_loaded(self, _) -> None:
-        self.positions.copy_(self.resize_positions().detach())             # once a load, not once a forward
 
     def embed(self, image: Tensor) -> Tensor:
         """(P, 3, H, W) -> (P, S, C): class, registers, patches; registers have no position."""
@@ -345,9 +339,8 @@ class Decoder(nn.Module):
         self.register_buffer("words_pos", sine_positions(cfg.context, d), persistent=False)
 
     def forward(self, x: Tensor, words: Tensor, pad: Tensor) -> Tensor:
-        grid = x.shape[2:]
-        x, words = x.flatten(2).transpose(1, 2), self.words(words)         # (B, N, d), (B, L, d)
-        words_pos = self.words_pos[:words.shape[1]]
+        grid, words, words_pos = x.shape[2:], self.words(words), self.words_pos[:words.shape[1]]
+        x = x.flatten(2).transpose(1, 2)                                   # (B, N, d)
         for layer in self.layers:
             x = layer(x, self.pos, words, words_pos, pad)
         return self.norm(x).transpose(1, 2).unflatten(2, grid)
@@ -401,9 +394,8 @@ class DCRIS(nn.Module):
         self.neck, self.decoder, self.projector = Neck(config), Decoder(config), Projector(config)
         self.register_buffer("mean", 255 * torch.tensor(MEAN).view(3, 1, 1), persistent=False)
         self.register_buffer("std", 255 * torch.tensor(STD).view(3, 1, 1), persistent=False)
-        compacter = [module for module in self.modules() if isinstance(module, HypercomplexLinear)]
-        for layer in compacter:                           # one A for all of them, in both encoders
-            layer.A = compacter[0].A
+        for layer in (compacter := [x for x in self.modules() if isinstance(x, HypercomplexLinear)]):
+            layer.A = compacter[0].A                      # one for both encoders
         for name, p in self.named_parameters():           # frozen: the encoders, but for what attach put in
             if name.startswith(("vision.", "text.")) and config.method != "full":
                 p.requires_grad_(".adapter." in name)
@@ -411,14 +403,13 @@ class DCRIS(nn.Module):
     def forward(self, image: Tensor, tokens: Tensor, photo: Tensor | None = None, phrase=None) -> Tensor:
         if image.dtype == torch.uint8:
             image = (image - self.mean) / self.std
+        pairs = lambda x: x if phrase is None else x[phrase]               # rows of tokens -> of pairs
         if self.config.method == "etris":
-            tokens = tokens if phrase is None else tokens[phrase]
-            taps, (words, sentence) = run_in_step(self.vision, self.text, image, tokens, photo)
-            pad = tokens == 0
+            taps, (words, sentence) = run_in_step(self.vision, self.text, image, pairs(tokens), photo)
         else:
-            words, sentence, pad = (x if phrase is None else x[phrase] for x in (*self.text(tokens), tokens == 0))
+            words, sentence = map(pairs, self.text(tokens))
             taps = self.vision(image, words, photo)
-        fused = self.decoder(self.neck(taps, sentence), words, pad)
+        fused = self.decoder(self.neck(taps, sentence), words, pairs(tokens == 0))
         return self.projector(fused, sentence).float()
 
     def parameter_counts(self) -> dict[str, int]:

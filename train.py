@@ -25,6 +25,7 @@ import torch.distributed as dist
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.benchmark import Timer
 from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -37,8 +38,7 @@ from weights import (load_encoders, load_trained, read_checkpoint, save_checkpoi
 LOG_EVERY = 25                                            # steps
 RUNS = ((40, 90, 200), (220, 80, 30), (30, 140, 70), (150, 60, 170), (90, 90, 90))      # a colour a run
 ADVICE = {                                                # what torch's error holds -> what to do about it
-    "out of memory": "lower --batch_size, or reach it in parts with --accumulate 2, 4, ...",
-    "allocate memory": "lower --batch_size, or reach it in parts with --accumulate 2, 4, ...",
+    "to allocate": "lower --batch_size, or reach it in parts with --accumulate 2, 4, ...",
     " by peer": "another process ended first: its own message says why; go on with --resume",
     "DataLoader worker": "a loader process was killed, mostly for memory: set fewer --workers, or 0"}
 LAYERS = ("8", "6 11", "4 8 11", "3 6 9 11", "3 5 7 9 11", "1 3 5 7 9 11", "1 3 5 7 9 10 11",
@@ -71,7 +71,6 @@ def print_table(number: int) -> None:
               f"--out out/table{number}/{row}")
 
 # ---- batches ----
-
 class TrainBatches(torch.utils.data.Dataset):
     """Training batches by number, cfg.accumulate to a step; each is a function of seed and number alone.
 
@@ -79,7 +78,6 @@ class TrainBatches(torch.utils.data.Dataset):
     its sentences drawn at random. Groups that share a photo stay whole. Process `rank` of `world` gets its
     slice of every batch. Adds mask, uint8 (B, 1, size, size).
     """
-
     def __init__(self, dataset: Dataset, cfg: Config, rank: int = 0, world: int = 1):
         self.dataset, self.cfg, self.rank, self.world = dataset, cfg, rank, world
         self.tokenizer, unit = tokenizer_for(cfg), world * cfg.accumulate * dataset.per_photo
@@ -118,7 +116,6 @@ class TrainBatches(torch.utils.data.Dataset):
                     tokens=self.tokenizer([data.sentences(i)[k] for i, k in pairs], self.cfg.text_length))
 
 # ---- the run ----
-
 def read_values(unread: list[Tensor], step: int, lr: float, batches: TrainBatches) -> list[list[float]]:
     """Loss and gradient norm of the steps up to `step`; one that is not finite stops the run, with ids."""
     values, cfg = torch.stack(unread).tolist() if unread else [], batches.cfg
@@ -160,8 +157,6 @@ def benchmark(cfg: Config, raw: DCRIS, model: nn.Module, optimizer: torch.optim.
               device: torch.device) -> dict:
     """Time cfg.benchmark real steps on random data; torch counts the arithmetic, a matmul gives the peak."""
     import resource                                       # not on Windows
-    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
-    dtype = torch.bfloat16 if cfg.bf16 else torch.float32
     side, B = cfg.image_size, cfg.batch_size // cfg.accumulate
     parts = cfg.accumulate * [dict(
         image=torch.randint(0, 256, (B, 3, side, side), dtype=torch.uint8, device=device),
@@ -169,31 +164,22 @@ def benchmark(cfg: Config, raw: DCRIS, model: nn.Module, optimizer: torch.optim.
         mask=torch.randint(0, 256, (B, 1, side, side), dtype=torch.uint8, device=device))]
     with FlopCounterMode(display=False) as counter:
         train_step(raw, optimizer, parts, cfg, device)
-    for _ in range(3):                                    # compile and warm up
-        train_step(model, optimizer, parts, cfg, device)
-    wait()
-    started = time.perf_counter()
-    for _ in range(cfg.benchmark):
-        train_step(model, optimizer, parts, cfg, device)
-    wait()
-    seconds = (time.perf_counter() - started) / cfg.benchmark
+    clock = lambda work, times: Timer("work()", globals=dict(work=work), num_threads=torch.get_num_threads()
+                                      ).timeit(times).mean             # seconds; waits for the device
+    step = lambda: train_step(model, optimizer, parts, cfg, device)
+    clock(step, 1)                                        # compile and warm up
+    seconds = clock(step, cfg.benchmark)
     n = 8192 if device.type == "cuda" else 1024
-    a, rates = torch.randn(n, n, device=device, dtype=dtype), []
-    for _ in range(10):
-        wait()
-        started = time.perf_counter()
-        a @ a
-        wait()
-        rates.append(2 * n ** 3 / (time.perf_counter() - started))
+    a = torch.randn(n, n, device=device, dtype=torch.bfloat16 if cfg.bf16 else torch.float32)
+    peak = 2 * n ** 3 / min(clock(lambda: a @ a, 1) for _ in range(10))
     achieved = counter.get_total_flops() / seconds
     memory = torch.cuda.max_memory_allocated() if device.type == "cuda" else 1024 * resource.getrusage(
         resource.RUSAGE_SELF).ru_maxrss                   # CPU: of the process
     name = torch.cuda.get_device_name() if device.type == "cuda" else platform.machine()
     return dict(samples_per_s=round(cfg.batch_size / seconds, 2), tflops=round(achieved / 1e12, 3),
-                matmul_peak_tflops=round(max(rates) / 1e12, 3), share_of_peak=round(achieved / max(rates), 3),
+                matmul_peak_tflops=round(peak / 1e12, 3), share_of_peak=round(achieved / peak, 3),
                 peak_memory_gib=round(memory / 2 ** 30, 2), device=name, torch=torch.__version__,
-                batch_size=cfg.batch_size, accumulate=cfg.accumulate, compile=cfg.compile,
-                bf16=cfg.bf16)
+                batch_size=cfg.batch_size, accumulate=cfg.accumulate, compile=cfg.compile, bf16=cfg.bf16)
 
 def draw_curves(logs: list[str | Path], path: str | Path) -> None:
     """A PNG of one or more log.jsonl, a colour each: training loss and mIoU on val against steps."""
