@@ -325,7 +325,6 @@ def refcoco_records(name: str, split: str, root: str | Path) -> list[dict]:
         for m in read_file(path, lambda f: zipfile.ZipFile(f).infolist(), "run python weights.py coco"):
             if (photo := os.path.basename(m.filename)) not in unpacked:
                 places[photo] = (str(path), m.header_offset, m.compress_size, m.compress_type)
-
     def join(f):                   # a lacking image or annotation ends in read_file's error
         instances = json.load(f)
         images, masks = ({x["id"]: x for x in instances[key]} for key in ("images", "annotations"))
@@ -334,7 +333,6 @@ def refcoco_records(name: str, split: str, root: str | Path) -> list[dict]:
             photo, size = os.path.basename(image["file_name"]), (image["height"], image["width"])
             r |= dict(mask=mask, photo=places.get(photo, str(folder / photo)), size=size)
         return refs
-
     return read_file(Path(root) / source / "instances.json", join, f"run python weights.py {source}")
 
 def read_member(f, offset: int, size: int, method: int) -> io.BytesIO:
@@ -387,7 +385,7 @@ def mix_records(root: str | Path, leaky: bool) -> list[dict]:
 KINDS = {"circle": (40, 1, 1), "square": (4, 1.25, 1.25), "bar": (4, 1.65, 0.75), "pillar": (4, 0.75, 1.65),
          "triangle": (3, 1.3, 1.3), "hexagon": (6, 1.1, 1.1), "oval": (40, 1.6, 0.8), "egg": (40, 0.8, 1.6)}
 COLOURS = {"red": (208, 52, 44), "green": (52, 158, 72), "blue": (48, 92, 200), "yellow": (236, 190, 40),
-           "purple": (132, 62, 178), "orange": (234, 124, 34), "teal": (40, 166, 172), "pink": (238, 138, 186)}
+    "purple": (132, 62, 178), "orange": (234, 124, 34), "teal": (40, 166, 172), "pink": (238, 138, 186)}
 PALETTES = {"shapes": slice(4), "shapes_other": slice(4, 8)}           # the kinds and colours that a set has
 SIZES = {"small": 0.11, "big": 0.17}                      # radius, share of the scene's side
 SHAPES = {"train": 10000, "val": 1000, "testA": 1000, "testB": 1000}     # phrases; train: an epoch's worth

@@ -6,13 +6,11 @@
     fused           = decoder(fused, words)   self-attention, attention to the words, MLP, three times
     logits          = projector(fused, sentence)   x4 larger, then a 3x3 kernel made from the sentence Eq. 5
     loss            = contrastive_loss(logits, mask)                                                   Eq. 6
-
 Axes: B image-sentence pairs, P photos (P = B unless pairs share photos), H, W pixels, h, w patches, N = h*w,
 S = 1 + R + N image tokens with R registers, L text tokens, C image width, D text width, d head width.
 """
 import argparse
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass, fields
 
 import torch
@@ -87,9 +85,7 @@ class Config:
 
     def __post_init__(self):
         at = lambda name: getattr(self, name)
-        for field in fields(self):                                     # a checkpoint may hold lists
-            if field.type is tuple:
-                setattr(self, field.name, tuple(at(field.name)))
+        vars(self).update({f.name: tuple(at(f.name)) for f in fields(self) if f.type is tuple})  # of lists
         *owns, unit = METHODS.get(self.method, METHODS["dcris"])
         for name, own in zip(("visual_layers", "visual_rank", "text_layers", "text_rank"), owns):
             if at(name) in ((-1,), 0) or self.method == "frozen":
@@ -173,7 +169,6 @@ class VisionBlock(nn.Module):
 
 class VisionTransformer(nn.Module):
     """DINOv2 ViT. image (P, 3, H, W) normalised, words (B, L, D) -> three taps, each (B, C, h, w).
-
     photo (B,) says which of the P images each pair shows; None: P = B, in order. Whatever comes before the
     first adapter knows no words, so it runs once a photo, and pairs part only there.
     """
@@ -219,7 +214,7 @@ class VisionTransformer(nn.Module):
     def forward(self, image: Tensor, words: Tensor, photo: Tensor | None = None) -> list[Tensor]:
         return next(self.stages(image, words, photo))
 
-    def stages(self, image: Tensor, words: Tensor | None, photo: Tensor | None) -> Iterator:
+    def stages(self, image: Tensor, words: Tensor | None, photo: Tensor | None):
         """Yields the taps; before that, under ETRIS, the patches at each bridge, for what the bridge adds."""
         shared = photo is not None                        # still one row a photo, not one a pair
         x, taps = self.embed(image), []
@@ -272,7 +267,7 @@ class TextTransformer(nn.Module):
     def forward(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         return next(self.stages(tokens))
 
-    def stages(self, tokens: Tensor) -> Iterator:
+    def stages(self, tokens: Tensor):
         """As the image encoder's: yields the stream at each of ETRIS's bridges, then words and sentence."""
         x = self.token_embedding(tokens) + self.positional_embedding[:tokens.shape[1]]
         for block in self.transformer["resblocks"]:

@@ -254,10 +254,6 @@ def detris_config(state: dict) -> dict:
         visual_layers=blocks(r"vision.blocks.(\d+).adapter"), visual_rank=size("vision.*adapter.down.bias"),
         text_layers=blocks(r"text.*blocks.(\d+).adapter"), text_rank=size("text.*adapter.down.bias"))
 
-def load_detris(model: DCRIS, path: str | Path) -> None:
-    """The authors' checkpoint without its optimizer, into a model of the configuration that fits it."""
-    load_checked(model, read_checkpoint(path)["model"])
-
 def load_encoders(model: DCRIS) -> None:
     """Both encoders: the released files in the folder config.weights, those in a .pt of ours, or neither."""
     root, letter = model.config.weights, {384: "s", 1024: "l"}.get(model.config.vision_width, "b")  # S, L, B
