@@ -150,8 +150,7 @@ def write_whole(path: Path, write) -> None:
     finally:
         temporary.unlink(missing_ok=True)
 
-def save_image(image, path: str | Path) -> None:
-    """A PIL image as PNG."""
+def save_image(image, path: str | Path) -> None:          # a PIL image, as PNG
     write_whole(Path(path), lambda file: image.save(file, "PNG"))
 
 def unpack(path: Path) -> None:
@@ -253,6 +252,10 @@ def detris_config(state: dict) -> dict:
         vision_width=width, vision_depth=depth, vision_heads=width // 64, taps=(depth // 3, 2 * depth // 3),
         visual_layers=blocks(r"vision.blocks.(\d+).adapter"), visual_rank=size("vision.*adapter.down.bias"),
         text_layers=blocks(r"text.*blocks.(\d+).adapter"), text_rank=size("text.*adapter.down.bias"))
+
+def load_detris(model: DCRIS, path: str | Path) -> None:
+    """The authors' checkpoint without its optimizer, into a model of the configuration that fits it."""
+    load_checked(model, read_checkpoint(path)["model"])
 
 def load_encoders(model: DCRIS) -> None:
     """Both encoders: the released files in the folder config.weights, those in a .pt of ours, or neither."""
