@@ -325,7 +325,6 @@ def refcoco_records(name: str, split: str, root: str | Path) -> list[dict]:
         for m in read_file(path, lambda f: zipfile.ZipFile(f).infolist(), "run python weights.py coco"):
             if (photo := os.path.basename(m.filename)) not in unpacked:
                 places[photo] = (str(path), m.header_offset, m.compress_size, m.compress_type)
-
     def join(f):                   # a lacking image or annotation ends in read_file's error
         instances = json.load(f)
         images, masks = ({x["id"]: x for x in instances[key]} for key in ("images", "annotations"))
@@ -334,7 +333,6 @@ def refcoco_records(name: str, split: str, root: str | Path) -> list[dict]:
             photo, size = os.path.basename(image["file_name"]), (image["height"], image["width"])
             r |= dict(mask=mask, photo=places.get(photo, str(folder / photo)), size=size)
         return refs
-
     return read_file(Path(root) / source / "instances.json", join, f"run python weights.py {source}")
 
 def read_member(f, offset: int, size: int, method: int) -> io.BytesIO:
@@ -384,8 +382,11 @@ def mix_records(root: str | Path, leaky: bool) -> list[dict]:
     return kept
 
 # ---- shapes: rendered scenes with phrases that need language; no file, no network ----
-KINDS = {"circle": (40, 1, 1), "square": (4, 1.25, 1.25), "bar": (4, 1.65, 0.75), "pillar": (4, 0.75, 1.65)}
-COLOURS = {"red": (208, 52, 44), "green": (52, 158, 72), "blue": (48, 92, 200), "yellow": (236, 190, 40)}
+KINDS = {"circle": (40, 1, 1), "square": (4, 1.25, 1.25), "bar": (4, 1.65, 0.75), "pillar": (4, 0.75, 1.65),
+         "triangle": (3, 1.3, 1.3), "hexagon": (6, 1.1, 1.1), "oval": (40, 1.6, 0.8), "egg": (40, 0.8, 1.6)}
+COLOURS = {"red": (208, 52, 44), "green": (52, 158, 72), "blue": (48, 92, 200), "yellow": (236, 190, 40),
+    "purple": (132, 62, 178), "orange": (234, 124, 34), "teal": (40, 166, 172), "pink": (238, 138, 186)}
+PALETTES = {"shapes": slice(4), "shapes_other": slice(4, 8)}           # the kinds and colours that a set has
 SIZES = {"small": 0.11, "big": 0.17}                      # radius, share of the scene's side
 SHAPES = {"train": 10000, "val": 1000, "testA": 1000, "testB": 1000}     # phrases; train: an epoch's worth
 MARGIN = 0.05                                             # what a phrase compares differs by this at least
@@ -424,8 +425,8 @@ class Shapes(Dataset):
     """
     per_photo, side = 4, 192
 
-    def __init__(self, split: str, seed: int = 0):
-        self.name, self.split, self.ends = "shapes", split, range(SHAPES[split] + 1)
+    def __init__(self, split: str, seed: int = 0, name: str = "shapes"):
+        self.name, self.split, self.ends = name, split, range(SHAPES[split] + 1)
         self.endless = split == "train"                   # the other splits never change
         self.seed = (seed * self.endless, list(SHAPES).index(split))
 
@@ -434,7 +435,7 @@ class Shapes(Dataset):
         """Scene k's things and its four phrases: (index of the thing meant, phrase, kind of phrase)."""
         rng, chosen = np.random.default_rng([*self.seed, k]), []
         while len(set(chosen)) < self.per_photo:          # until the scene has enough of the kinds due
-            things, chosen = scatter(rng), []
+            things, chosen = scatter(rng, PALETTES[self.name]), []
             found = phrases(things)
             last = ("position", "position", "ordinal")[rng.integers(3)]
             due = ("relation", "ordinal") if self.split == "testB" else ("attribute", "relation", last)
@@ -449,7 +450,7 @@ class Shapes(Dataset):
     def record(self, i: int) -> dict:
         things, chosen = self.scene(i // self.per_photo)
         meant, phrase, kind = chosen[i % self.per_photo]
-        return dict(id=f"shapes/{self.split} {i}", key=i // self.per_photo, sentences=[phrase],
+        return dict(id=f"{self.name}/{self.split} {i}", key=i // self.per_photo, sentences=[phrase],
                     kinds=[kind], thing=things[meant])
 
     def photo(self, i: int) -> Image.Image:
@@ -461,9 +462,9 @@ class Shapes(Dataset):
         ImageDraw.Draw(canvas).polygon(outline(self.record(i)["thing"], self.side), fill=255)
         return np.asarray(canvas) > 0
 
-def scatter(rng: np.random.Generator) -> list[Thing]:
+def scatter(rng: np.random.Generator, palette: slice) -> list[Thing]:
     """3 to 5 things that do not touch, of at most 3 kinds and 3 colours."""
-    kinds, colours = (rng.permutation(list(some))[:rng.integers(2, 4)] for some in (KINDS, COLOURS))
+    kinds, colours = (rng.permutation(list(some)[palette])[:rng.integers(2, 4)] for some in (KINDS, COLOURS))
     things, wanted, tries = [], int(rng.integers(3, 6)), 0
     while len(things) < wanted and (tries < 100 or len(things) < 3):
         tries += 1
@@ -504,12 +505,12 @@ def open_dataset(name: str, split: str, root: str | Path = "data", seed: int = 0
     """One split by name; mix: three training sets without photos of their val and test; val is RefCOCO's."""
     if name.endswith(".jsonl"):
         return Dataset(name, split, jsonl_records(name, split))
-    splits = {"shapes": SHAPES, **REFCOCO, "mix": ("train", "val")}
+    splits = {**dict.fromkeys(PALETTES, SHAPES), **REFCOCO, "mix": ("train", "val")}
     if split not in splits.get(name, ()):
         raise ValueError(f"no {split!r} of {name!r}; there are the path of a .jsonl file, and "
                          + ", ".join(f"{n} ({' '.join(s)})" for n, s in splits.items()))
-    if name == "shapes":
-        return Shapes(split, seed)
+    if name in PALETTES:
+        return Shapes(split, seed, name)
     if (name, split) == ("mix", "train"):
         return Dataset(name, split, mix_records(root, mix_leaky))
     return Dataset(name, split, refcoco_records("refcoco" if name == "mix" else name, split, root))

@@ -274,7 +274,6 @@ def benchmark(model: DCRIS, dataset: Dataset, args: argparse.Namespace) -> dict:
                 sentences=n, batch_size=args.batch_size, device=str(device), torch=torch.__version__)
 
 def segment_photos(model: DCRIS, args: argparse.Namespace) -> None:
-    """Mask, overlay, score and box of every text about every photo."""
     photos = [(path, open_image(path)) for path in args.image]            # all, before any mask is written
     found = [(path, photo, text, *result) for path, photo in photos for text, result in zip(
         args.text, segment_all(model, photo, args.text, args.threshold, args.bf16))]

@@ -6,7 +6,6 @@
     fused           = decoder(fused, words)   self-attention, attention to the words, MLP, three times
     logits          = projector(fused, sentence)   x4 larger, then a 3x3 kernel made from the sentence Eq. 5
     loss            = contrastive_loss(logits, mask)                                                   Eq. 6
-
 Axes: B image-sentence pairs, P photos (P = B unless pairs share photos), H, W pixels, h, w patches, N = h*w,
 S = 1 + R + N image tokens with R registers, L text tokens, C image width, D text width, d head width.
 """
@@ -18,8 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from adapters import (Attention, ConvBN, DenseCrossAdapter, DenseTextAdapter, QuickGELU, TextAdapter,
-                      VisionAttention, mlp, sine_positions, square_positions)
+from adapters import (METHODS, Attention, ConvBN, DenseCrossAdapter, HypercomplexLinear, QuickGELU,
+                      VisionAttention, attach, mlp, run_in_step, sine_positions, square_positions)
 
 ADAPTER_SCALE = 0.2                                       # weight of an adapter beside its MLP, as released
 MEAN = (0.48145466, 0.4578275, 0.40821073)                # CLIP's, for DINOv2 too, as released
@@ -38,8 +37,8 @@ class Config:
     pos_resize: str = "dinov2"         # dinov2: antialias, by size; detris: no antialias, by factor with +0.1
     image_size: int = 448              # side of the square input, pixels
     taps: tuple = (4, 8)               # blocks whose patches feed the neck, 0-based; the last one always does
-    visual_layers: tuple = (1, 3, 5, 7, 9, 11)   # blocks with a DenseCrossAdapter, 0-based
-    visual_rank: int = 128             # its reduced width r
+    visual_layers: tuple = (-1,)       # blocks with adapters, 0-based; -1: the method's own (METHODS)
+    visual_rank: int = 0               # their reduced width r; 0: the method's own
     # text encoder
     text_width: int = 512              # D, of words and sentence
     text_depth: int = 12
@@ -47,8 +46,8 @@ class Config:
     vocab_size: int = 49408            # CLIP's byte pairs; with --weights none one id a word, any number
     context: int = 77                  # length of the released position table, tokens
     text_length: int = 17              # L, start and end tokens included
-    text_layers: tuple = (1, 3, 5, 7, 9, 11)     # blocks with a text adapter, 0-based
-    text_rank: int = 64
+    text_layers: tuple = (-1,)         # as for the image
+    text_rank: int = 0
     text_adapter: str = "plain"        # plain: Eq. 3; dense: the authors' release
     # head
     head_width: int = 512              # d, of neck and decoder; the projector's kernel reads d/2 channels
@@ -58,13 +57,13 @@ class Config:
     dropout: float = 0.1               # decoder, and attention weights in decoder and adapters
     calm_start: bool = False           # begin as "all background": kernel head x0.1, its bias -3
     mask_rule: str = "aligned"         # how masks change size: aligned (ours) or detris (the release's)
-    method: str = "dcris"              # dcris: adapters and head train; frozen: head; full: everything
+    method: str = "dcris"              # dcris lora adapter compacter etris; frozen: just the head; full: all
     # training
-    dataset: str = "refcoco"           # shapes refcoco refcoco+ refcocog_umd refcocog_google mix, or a .jsonl
+    dataset: str = "refcoco"           # a name that data.open_dataset knows, or the path of a .jsonl
     data_root: str = "data"
     mix_leaky: bool = False            # mix: keep photos that are in a val or test split, as released
     cache: str = ""                    # folder for letterboxed photos in one file, so that loading is fast
-    weights: str = "weights"           # folder of the released encoders; none: start them at random
+    weights: str = "weights"           # folder of released encoders; or a .pt of ours; none: at random
     batch_size: int = 32               # pairs a step, over all processes
     accumulate: int = 1                # parts that a step's batch is computed in, for small memories
     epochs: int = 50
@@ -81,39 +80,40 @@ class Config:
     out: str = "out"                   # folder of checkpoints, log and pictures
     save_minutes: float = 10.0         # last.pt is written this often, and after each epoch
     resume: str = ""                   # a last.pt to go on from
+    table: int = 0                     # 2, 3, 4, 5: print the rows of that table of the paper, stop
     benchmark: int = 0                 # N: time N steps on random data, print one JSON line, stop
 
     def __post_init__(self):
         at = lambda name: getattr(self, name)
-        for field in fields(self):                                     # a checkpoint may hold lists
-            if field.type is tuple:
-                setattr(self, field.name, tuple(at(field.name)))
-        if self.method == "frozen":
-            self.visual_layers = self.text_layers = ()
-        good = {name: (at(name) in some, "one of " + " ".join(some)) for name, some in CHOICES.items()}
-        for name, of in MULTIPLES.items():
+        vars(self).update({f.name: tuple(at(f.name)) for f in fields(self) if f.type is tuple})  # of lists
+        *owns, unit = METHODS.get(self.method, METHODS["dcris"])
+        for name, own in zip(("visual_layers", "visual_rank", "text_layers", "text_rank"), owns):
+            if at(name) in ((-1,), 0) or self.method == "frozen":
+                setattr(self, name, own)
+        good = {name: (at(name) in some, f"one of {some}") for name, some in CHOICES.items()}
+        for name, of in (MULTIPLES | dict(visual_rank=(unit,), text_rank=(unit,))).items():
             unit = math.prod(max(1, at(f)) if type(f) is str else f for f in of)
             good[name] = at(name) > 0 and at(name) % unit == 0, f"a positive multiple of {unit}"
+        number = dict(taps=2) | ({"text_layers": len(self.visual_layers)} if self.method == "etris" else {})
         for name, depth in (("visual_layers", self.vision_depth), ("text_layers", self.text_depth),
                             ("taps", self.vision_depth - 1)):
-            rising = list(at(name)) == sorted(set(at(name))) and set(at(name)) <= set(range(depth))
-            good[name] = rising and len(at(name)) in ((2,) if name == "taps" else range(99)), (
-                f"{'two ' * (name == 'taps')}rising block numbers from 0 to {depth - 1}")
+            rising = list(at(name)) == sorted({*at(name)} & {*range(depth)})
+            good[name] = rising and number.get(name, len(at(name))) == len(at(name)), (
+                f"{number.get(name, 'any')} rising block numbers from 0 to {depth - 1}")
         good["text_length"] = 3 <= self.text_length <= self.context, f"3 to --context {self.context}"
-        good |= {name: (0 <= at(name) < 1, "a share from 0 to below 1") for name in ("dropout", "warmup")}
-        good |= {name: (0 <= at(name) < math.inf, "0 or more") for name in
-                 ("lr", "clip", "workers", "save_minutes")}
+        good |= {name: (0 <= at(name) < end, f"from 0 to below {end}") for name, end in BELOW.items()}
         for name, (is_good, need) in good.items():
             if not is_good:
                 raise ValueError(f"--{name} {at(name)}: need {need}")
 
 CHOICES = {"pos_resize": ("dinov2", "detris"), "mask_rule": ("aligned", "detris"),
            "text_adapter": ("plain", "dense"), "schedule": ("step", "cosine"),
-           "method": ("dcris", "frozen", "full")}
-MULTIPLES = {name: () for name in "vision_heads text_heads head_heads patch_size vision_depth text_depth "
-             "decoder_depth decoder_ffn pos_grid batch_size accumulate epochs".split()} | {    # of what or 1
-             "vision_width": ("vision_heads", 4), "text_width": ("text_heads",), "visual_rank": (16,),
-             "head_width": ("head_heads", 4), "image_size": ("patch_size",), "text_rank": (16,)}
+           "method": tuple(METHODS), "table": (0, 2, 3, 4, 5)}
+BELOW = dict(dropout=1, warmup=1) | dict.fromkeys(("lr", "clip", "workers", "save_minutes"), math.inf)
+MULTIPLES = dict(vision_width=("vision_heads", 4), text_width=("text_heads",), head_width=("head_heads", 4),
+                 image_size=("patch_size",)) | dict.fromkeys((                      # (): of 1
+    "vision_heads text_heads head_heads patch_size vision_depth text_depth decoder_depth decoder_ffn "
+    "pos_grid batch_size accumulate epochs").split(), ())
 
 PRESETS = {                            # differences from the defaults, nothing else
     "tiny": dict(vision_width=128, vision_depth=4, vision_heads=4, patch_size=8, image_size=64, pos_grid=8,
@@ -149,13 +149,13 @@ def parse_config(argv: list[str] | None = None, saved: dict | None = None) -> Co
 # ---- image encoder: DINOv2 with registers (Oquab et al. 2023; Darcet et al. 2023), released names ----
 class VisionBlock(nn.Module):
     """Pre-norm block in two halves: attend knows no words; update does where the block has an adapter."""
-    def __init__(self, cfg: Config, adapted: bool):
+    def __init__(self, cfg: Config, i: int):
         super().__init__()
         C = cfg.vision_width
         self.norm1, self.norm2 = nn.LayerNorm(C, eps=1e-6), nn.LayerNorm(C, eps=1e-6)
         self.attn, self.mlp = VisionAttention(C, cfg.vision_heads), mlp(C, "fc1", nn.GELU(), "fc2")
         self.ls1, self.ls2 = (nn.ParameterDict({"gamma": torch.ones(C)}) for _ in range(2))     # LayerScale
-        self.adapter = DenseCrossAdapter(C, cfg.visual_rank, cfg.text_width, cfg.dropout) if adapted else None
+        attach(self, cfg, i, visual=True)
 
     def attend(self, x: Tensor) -> Tensor:
         return x + self.ls1["gamma"] * self.attn(self.norm1(x))
@@ -163,49 +163,43 @@ class VisionBlock(nn.Module):
     def update(self, x: Tensor, words: Tensor, grid: tuple[int, int]) -> Tensor:
         normed = self.norm2(x)
         change = self.mlp(normed)
-        if self.adapter is not None:                      # inside LayerScale, as released
+        if isinstance(self.adapter, DenseCrossAdapter):   # inside LayerScale, as released
             change = change + ADAPTER_SCALE * self.adapter(normed, words, grid)
         return x + self.ls2["gamma"] * change
 
 class VisionTransformer(nn.Module):
     """DINOv2 ViT. image (P, 3, H, W) normalised, words (B, L, D) -> three taps, each (B, C, h, w).
-
     photo (B,) says which of the P images each pair shows; None: P = B, in order. Whatever comes before the
     first adapter knows no words, so it runs once a photo, and pairs part only there.
     """
     def __init__(self, cfg: Config):
         super().__init__()
         C, side = cfg.vision_width, cfg.image_size // cfg.patch_size
-        self.grid, self.table_side, self.rule = (side, side), cfg.pos_grid, cfg.pos_resize
-        self.image_size = (cfg.image_size, cfg.image_size)
-        self.prefix = 1 + cfg.registers                   # class token and registers
-        self.taps = (*cfg.taps, cfg.vision_depth - 1)
+        self.grid, self.image_size = (side, side), (cfg.image_size, cfg.image_size)
+        self.table_side, self.rule = cfg.pos_grid, cfg.pos_resize
+        self.prefix, self.taps = 1 + cfg.registers, (*cfg.taps, cfg.vision_depth - 1)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, C))
         # differs: sines where the original draws at random, for training from nothing; files replace them
-        places = F.pad(square_positions(cfg.pos_grid, C), (0, 0, 1, 0))
-        self.pos_embed = nn.Parameter(0.5 * places[None])                  # (1, 1 + grid^2, C)
+        self.pos_embed = nn.Parameter(0.5 * F.pad(square_positions(cfg.pos_grid, C), (0, 0, 1, 0))[None])
         self.register_tokens = nn.Parameter(1e-6 * torch.randn(1, cfg.registers, C))
         self.mask_token = nn.Parameter(torch.zeros(1, C), requires_grad=False)   # of pretraining, never read
         self.patch_embed = nn.ModuleDict({"proj": nn.Conv2d(3, C, cfg.patch_size, stride=cfg.patch_size)})
-        self.blocks = nn.ModuleList(VisionBlock(cfg, i in cfg.visual_layers) for i in range(cfg.vision_depth))
+        self.blocks = nn.ModuleList(VisionBlock(cfg, i) for i in range(cfg.vision_depth))
         self.norm = nn.LayerNorm(C, eps=1e-6)
         self.register_buffer("positions", self.resize_positions().detach().clone(), persistent=False)
-        self.register_load_state_dict_post_hook(VisionTransformer.table_loaded)
+        self.register_load_state_dict_post_hook(                           # once a load, not once a forward
+            lambda vision, _: setattr(vision, "positions", vision.resize_positions().detach().clone()))
 
     def resize_positions(self) -> Tensor:
         """The table for this grid, (1, 1 + N, C): bicubic, by the rule; the class token's entry is kept."""
         if self.grid == (self.table_side, self.table_side):
             return self.pos_embed
         first, patches = self.pos_embed.split([1, self.table_side ** 2], dim=1)
-        how = dict(size=self.grid, antialias=True)
-        if self.rule == "detris":                         # the factor itself, not its rounding, sets the step
-            how = dict(scale_factor=[(side + 0.1) / self.table_side for side in self.grid])
+        factor = [(side + 0.1) / self.table_side for side in self.grid]    # not rounded: detris's step
+        how = dict(size=self.grid, antialias=True) if self.rule == "dinov2" else dict(scale_factor=factor)
         patches = patches.unflatten(1, (self.table_side, -1)).permute(0, 3, 1, 2)
         patches = F.interpolate(patches, mode="bicubic", **how)            # (1, C, h, w)
         return torch.cat([first, patches.flatten(2).transpose(1, 2)], dim=1)
-
-    def table_loaded(self, _) -> None:
-        self.positions.copy_(self.resize_positions().detach())             # once a load, not once a forward
 
     def embed(self, image: Tensor) -> Tensor:
         """(P, 3, H, W) -> (P, S, C): class, registers, patches; registers have no position."""
@@ -218,29 +212,34 @@ class VisionTransformer(nn.Module):
         return torch.cat([x[:, :1], self.register_tokens.expand(P, -1, -1), x[:, 1:]], dim=1)
 
     def forward(self, image: Tensor, words: Tensor, photo: Tensor | None = None) -> list[Tensor]:
+        return next(self.stages(image, words, photo))
+
+    def stages(self, image: Tensor, words: Tensor | None, photo: Tensor | None):
+        """Yields the taps; before that, under ETRIS, the patches at each bridge, for what the bridge adds."""
         shared = photo is not None                        # still one row a photo, not one a pair
         x, taps = self.embed(image), []
         for i, block in enumerate(self.blocks):
             x = block.attend(x)
-            if shared and block.adapter is not None:
+            if shared and block.adapter is not None:      # here the words come in
                 x, taps, shared = x[photo], [tap[photo] for tap in taps], False
             x = block.update(x, words, self.grid)
+            if block.bridged:
+                x = x + F.pad((yield x[:, self.prefix:]), (0, 0, self.prefix, 0))
             if i in self.taps:
                 tap = self.norm(x) if i == self.taps[-1] else x            # only the last is normalised
                 taps.append(tap[:, self.prefix:])                          # (P or B, N, C)
         taps = [tap[photo] for tap in taps] if shared else taps
-        return [tap.transpose(1, 2).unflatten(2, self.grid) for tap in taps]
+        yield [tap.transpose(1, 2).unflatten(2, self.grid) for tap in taps]
 
 # ---- text encoder: CLIP's text transformer (Radford et al. 2021), released names ----
 class TextBlock(nn.Module):
     """Pre-norm block; the adapter reads the stream after attention, not normalised, as released."""
-    def __init__(self, cfg: Config, adapted: bool):
+    def __init__(self, cfg: Config, i: int):
         super().__init__()
         D = cfg.text_width
         self.ln_1, self.ln_2 = nn.LayerNorm(D), nn.LayerNorm(D)
         self.attn, self.mlp = Attention(D, cfg.text_heads), mlp(D, "c_fc", QuickGELU(), "c_proj")
-        kind = TextAdapter if cfg.text_adapter == "plain" else DenseTextAdapter
-        self.adapter = kind(D, cfg.text_rank) if adapted else None
+        attach(self, cfg, i, visual=False)
 
     def forward(self, x: Tensor) -> Tensor:
         normed = self.ln_1(x)
@@ -258,7 +257,7 @@ class TextTransformer(nn.Module):
         self.token_embedding = nn.Embedding(cfg.vocab_size, D)
         # differs: CLIP starts both tables at 0.02 and 0.01, too faint to learn words from nothing in minutes
         self.positional_embedding = nn.Parameter(0.2 * torch.randn(cfg.context, D))
-        blocks = nn.ModuleList(TextBlock(cfg, i in cfg.text_layers) for i in range(cfg.text_depth))
+        blocks = nn.ModuleList(TextBlock(cfg, i) for i in range(cfg.text_depth))
         self.transformer = nn.ModuleDict({"resblocks": blocks})            # so that the released names fit
         self.ln_final = nn.LayerNorm(D)
         self.text_projection = nn.Parameter(D ** -0.5 * torch.randn(D, D))
@@ -266,12 +265,18 @@ class TextTransformer(nn.Module):
         nn.init.normal_(self.token_embedding.weight, std=0.5)
 
     def forward(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        return next(self.stages(tokens))
+
+    def stages(self, tokens: Tensor):
+        """As the image encoder's: yields the stream at each of ETRIS's bridges, then words and sentence."""
         x = self.token_embedding(tokens) + self.positional_embedding[:tokens.shape[1]]
         for block in self.transformer["resblocks"]:
             x = block(x)
+            if block.bridged:
+                x = x + (yield x)
         words = self.ln_final(x)                          # (B, L, D)
         end = tokens.argmax(dim=1)                        # the end token has the largest id
-        return words, words[torch.arange(len(words), device=end.device), end] @ self.text_projection
+        yield words, words[torch.arange(len(words), device=end.device), end] @ self.text_projection
 
 # ---- head (paper, section 3.4; after CRIS and ETRIS) ----
 class Neck(nn.Module):
@@ -329,9 +334,8 @@ class Decoder(nn.Module):
         self.register_buffer("words_pos", sine_positions(cfg.context, d), persistent=False)
 
     def forward(self, x: Tensor, words: Tensor, pad: Tensor) -> Tensor:
-        grid = x.shape[2:]
-        x, words = x.flatten(2).transpose(1, 2), self.words(words)         # (B, N, d), (B, L, d)
-        words_pos = self.words_pos[:words.shape[1]]
+        grid, words, words_pos = x.shape[2:], self.words(words), self.words_pos[:words.shape[1]]
+        x = x.flatten(2).transpose(1, 2)                                   # (B, N, d)
         for layer in self.layers:
             x = layer(x, self.pos, words, words_pos, pad)
         return self.norm(x).transpose(1, 2).unflatten(2, grid)
@@ -385,19 +389,22 @@ class DCRIS(nn.Module):
         self.neck, self.decoder, self.projector = Neck(config), Decoder(config), Projector(config)
         self.register_buffer("mean", 255 * torch.tensor(MEAN).view(3, 1, 1), persistent=False)
         self.register_buffer("std", 255 * torch.tensor(STD).view(3, 1, 1), persistent=False)
-        if config.method != "full":                       # freeze the encoders, then free what was put in
-            self.vision.requires_grad_(False)
-            self.text.requires_grad_(False)
-            for module in self.modules():
-                if isinstance(module, (DenseCrossAdapter, TextAdapter, DenseTextAdapter)):
-                    module.requires_grad_(True)
+        for layer in (compacter := [x for x in self.modules() if isinstance(x, HypercomplexLinear)]):
+            layer.A = compacter[0].A                      # one for both encoders
+        for name, p in self.named_parameters():           # frozen: the encoders, but for what attach put in
+            if name.startswith(("vision.", "text.")) and config.method != "full":
+                p.requires_grad_(".adapter." in name)
 
     def forward(self, image: Tensor, tokens: Tensor, photo: Tensor | None = None, phrase=None) -> Tensor:
         if image.dtype == torch.uint8:
             image = (image - self.mean) / self.std
-        words, sentence, pad = (x if phrase is None else x[phrase] for x in (*self.text(tokens), tokens == 0))
-        fused = self.neck(self.vision(image, words, photo), sentence)
-        fused = self.decoder(fused, words, pad)
+        pairs = lambda x: x if phrase is None else x[phrase]               # rows of tokens -> of pairs
+        if self.config.method == "etris":
+            taps, (words, sentence) = run_in_step(self.vision, self.text, image, pairs(tokens), photo)
+        else:
+            words, sentence = map(pairs, self.text(tokens))
+            taps = self.vision(image, words, photo)
+        fused = self.decoder(self.neck(taps, sentence), words, pairs(tokens == 0))
         return self.projector(fused, sentence).float()
 
     def parameter_counts(self) -> dict[str, int]:

@@ -13,7 +13,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils._pytree import tree_leaves
 
 import data, train, weights
-from adapters import Attention, DenseCrossAdapter, DenseTextAdapter
+from adapters import METHODS, Attention, DenseCrossAdapter, DenseTextAdapter, HypercomplexLinear
 from data import (EvalBatches, Shapes, Tokenizer, letterbox, letterbox_mask, open_dataset, open_image,
                   segmentation_to_mask)
 from evaluate import (BLUE, RED, draw_panels, evaluate, groups_of, main as command_line, metrics, paint,
@@ -426,8 +426,7 @@ def test_own_jsonl_is_read_and_its_faults_named_by_line():
             ("none.png", dict(image="none.png")), ("black", dict(mask=dict(size=[30, 40], counts=[1200])))):
         raises(ValueError, f"own.jsonl line 2: {words}", lambda: opened(**changes))
 
-def forked(work, kill: tuple = ()) -> int:
-    """Start work() in a child process and give its pid; or kill -9 it, with its own, within these seconds."""
+def forked(work, kill: tuple = ()) -> int:                 # pid of work(); or kill -9 it in these seconds
     if not (pid := os.fork()):
         try:
             work()
@@ -693,7 +692,6 @@ def test_two_and_four_processes_equal_one():
             close(one[name].float(), more[name].float(), 5e-4, name)
 
 def test_a_process_that_ends_ends_the_job_which_resumes_exactly():
-    """Two processes: one is killed, so the other leaves; then SIGTERM, so all is saved; then to the end."""
     out, flags = new_folder(), few(data_root=make_refcoco(), dropout=0.1, epochs=12, save_minutes=0)
     flags += ["--workers", "1"]
     command, last = [*TORCHRUN, "--nproc_per_node=2", "train.py", *flags, "--out"], out / "part/last.pt"
@@ -713,7 +711,6 @@ def test_a_process_that_ends_ends_the_job_which_resumes_exactly():
     equal_runs(out / "whole", out / "part")
 
 def test_a_step_in_parts_equals_a_step_and_a_broken_one_names_its_objects():
-    """--accumulate with BatchNorm at rest; then a loss that is not finite, and too little memory."""
     model, out = small().eval(), new_folder()
     batch, cpu = random_batch(model.config), torch.device("cpu")
     halves = [{k: v[part] for k, v in batch.items()} for part in (slice(0, 2), slice(2, 4))]
@@ -729,14 +726,12 @@ def test_a_step_in_parts_equals_a_step_and_a_broken_one_names_its_objects():
     with patch.object(train, "train_step", broken):
         said = raises(ValueError, "step 2: nan --lr --clip last.pt", lambda: train.main(flags))
     objects = open_dataset("refcoco", "train", flags[flags.index("--data_root") + 1])
-    cfg = Config(**SMALL | dict(batch_size=2))
-    for i, _ in train.TrainBatches(objects, cfg).pairs(1):
-        assert objects.object_id(i) in said
+    batches = train.TrainBatches(objects, Config(**SMALL | dict(batch_size=2)))
+    assert all(objects.object_id(i) in said for i, _ in batches.pairs(1))
     assert not (out / "last.pt").exists()
 
 # ---- evaluation and prediction ----
 def test_both_rules_are_what_they_say_written_as_matrices():
-    """Grid of 8 -> square of 40 -> photos of 30x50 and 50x30, mixed in one batch."""
     def taps(at, n, a=0.0, clamp=True):                    # (places, n): weights, cubic with a, else linear
         t = np.abs(at[:, None] - (k := np.floor(at)[:, None] + np.arange(-1, 3)))
         near, far = (a + 2) * t ** 3 - (a + 3) * t ** 2 + 1, a * (t ** 3 - 5 * t ** 2 + 8 * t - 4)
@@ -808,7 +803,6 @@ def test_evaluates_photos_exports_and_refuses_as_promised():
             raises(SystemExit, "2", lambda: command_line(flags.split()))
 
 def test_compiled_equals_eager():
-    """One graph for training, no break, no recompilation after the first step; gradients agree."""
     model, counter, gradients = small(method="dcris").train(), CompileCounterWithBackend("aot_eager"), []
     (image, tokens, mask), photo = random_batch(model.config).values(), torch.tensor([0, 0, 1, 1])
     compiled = torch.compile(model, backend=counter, fullgraph=True)
@@ -824,6 +818,59 @@ def test_compiled_equals_eager():
     assert counter.frame_count == 2, f"compiled {counter.frame_count} times, once of them for evaluation"
     for name, grad in gradients[0].items():
         close(gradients[-1][name], grad, 1e-5, name)
+
+# ---- methods (Table 2) ----
+def method(name: str, **changes) -> DCRIS:
+    layers = dict(visual_layers=(), text_layers=()) if name == "full" else dict(text_layers=(0, 1))
+    return small(**dict(method=name, decoder_depth=1) | layers | changes)
+
+def test_methods_count_what_the_papers_tables_say():
+    with contextlib.redirect_stdout(io.StringIO()) as said:
+        for number in "2345":
+            train.main(["--table", number])
+    rows = [line.split(" python train.py ")[0] for line in said.getvalue().splitlines()]
+    for row in ("full 149,972,225 100.00%", "frozen 0 0.00%", "adapter 1,982,976 1.32%",
+                "compacter 1,622,080 1.08%", "lora 1,572,864 1.05%", "etris 1,387,648 0.93%",
+                "dcris_3 1,347,024 0.90%", "dcris 2,694,048 1.80%", "12 5,388,096 3.59%"):
+        assert row.split() in [x.split() for x in rows] and len(rows) == 8 + 4 + 4 + 9, row
+    raises(ValueError, "--text_layers 1 rising", lambda: method("etris", visual_layers=(3,)))
+
+def test_methods_train_what_is_theirs_in_one_graph_and_are_read_back():
+    path, encoders = new_folder() / "ours.pt", new_folder() / "theirs.pt"
+    weights.save_checkpoint(encoders, small(method="full"))            # with adapters, which stay there
+    for name in METHODS:
+        model, counter = method(name, weights=str(encoders)), CompileCounterWithBackend("eager")
+        weights.load_encoders(model)
+        (image, tokens, mask), photo = random_batch(model.config).values(), torch.tensor([0, 0, 1, 1])
+        bare = method("frozen").eval()
+        bare.load_state_dict({k: v for k, v in model.state_dict().items() if ".adapter." not in k})
+        off = (model.eval()(image, tokens) - bare(image, tokens)).abs().max()
+        assert (off == 0) == (name in ("lora", "adapter", "frozen", "full")), f"{name} starts {off} off"
+        step = torch.compile(model.train(), backend=counter, fullgraph=True)
+        optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad])
+        for _ in range(3):                                 # in the first, a zero hides what is behind it
+            batch = dict(image=image[:2], tokens=tokens, photo=photo, mask=mask)
+            train.train_step(step, optimizer, [batch], model.config, torch.device("cpu"))
+        assert counter.frame_count == 1, name
+        for key, p in model.named_parameters():
+            mine = not key.startswith(("vision.", "text.")) or ".adapter." in key or name == "full"
+            trains = mine and key not in ("vision.mask_token", "text.logit_scale")
+            assert (p.grad is not None) == p.requires_grad == trains, f"{name} {key}"
+            assert not trains or p.grad.any() or key.endswith("conv.bias"), f"{name} {key}"
+        if name == "lora":                                 # LoRA melts into the encoders, which are then kept
+            before = model.eval()(image, tokens)
+            weights.merge_lora(model)
+            close(model(image, tokens), before, 1e-5, "merged")
+        weights.save_checkpoint(path, model)
+        kept, again = weights.read_checkpoint(path)["model"], weights.load_model(path)
+        assert ("vision.norm.bias" in kept) == (name in ("lora", "full")), name
+        assert torch.equal(again(image, tokens), model.eval()(image, tokens)), name
+
+def test_hypercomplex_layer_is_its_kronecker_products():
+    layers = [x for x in method("compacter").modules() if isinstance(x, HypercomplexLinear)]
+    W = sum(torch.kron(A, s @ t) for A, s, t in zip(layers[0].A, layers[0].s, layers[0].t))
+    close(layers[0](x := torch.randn(2, 5, 32)), x @ W + layers[0].b, 1e-6)
+    assert len(layers) == 16 and all(x.A is layers[0].A for x in layers)
 
 def test_refcoco_mini_trains_and_scores():
     root, out = shared("refcoco_mini"), new_folder()

@@ -5,6 +5,7 @@
     torchrun --standalone --nproc_per_node=4 train.py --preset dcris_l --dataset refcoco     the paper's L
     python train.py --resume out/last.pt             go on where a run stopped
     python train.py --preset dcris_b --benchmark 50  time 50 steps on random data, print one JSON line
+    python train.py --table 2                        the rows of the paper's Table 2 and what trains each
 
 Writes OUT/log.jsonl, last.pt, best.pt (best mIoU on val), curves.png and panels.png.
 """
@@ -24,6 +25,7 @@ import torch.distributed as dist
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.benchmark import Timer
 from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -37,10 +39,19 @@ from weights import (load_encoders, load_trained, read_checkpoint, save_checkpoi
 LOG_EVERY = 25                                            # steps
 RUNS = ((40, 90, 200), (220, 80, 30), (30, 140, 70), (150, 60, 170), (90, 90, 90))      # a colour a run
 ADVICE = {                                                # what torch's error holds -> what to do about it
-    "out of memory": "lower --batch_size, or reach it in parts with --accumulate 2, 4, ...",
-    "allocate memory": "lower --batch_size, or reach it in parts with --accumulate 2, 4, ...",
+    "to allocate": "lower --batch_size, or reach it in parts with --accumulate 2, 4, ...",
     " by peer": "another process ended first: its own message says why; go on with --resume",
     "DataLoader worker": "a loader process was killed, mostly for memory: set fewer --workers, or 0"}
+LAYERS = ("8", "6 11", "4 8 11", "3 6 9 11", "3 5 7 9 11", "1 3 5 7 9 11", "1 3 5 7 9 10 11",
+          "1 3 4 5 7 9 10 11", "0 1 2 3 4 5 6 7 8 9 10 11")       # Table 5's
+TABLES = {                                                # of the paper: row -> flags beside --preset dcris_b
+    2: {name: f"--method {name}" for name in "full frozen adapter compacter lora etris dcris".split()}
+       | {"dcris_3": "--visual_layers 4 8 11 --text_layers 4 8 11"},
+    3: {"none": "--visual_layers --text_layers", "DA": "--text_layers", "TA": "--visual_layers", "both": ""},
+    4: {f"{v}_{t}": f"--visual_rank {v} --text_rank {t}"
+        for v, t in ((64, 64), (128, 64), (128, 128), (256, 128))},
+    5: {str(len(x.split())): f"--visual_layers {x} --text_layers {x}" for x in LAYERS},
+}
 
 def lr_factor(cfg: Config, done: float) -> float:
     """Share of the peak learning rate after a share `done` of the run, 0 to 1."""
@@ -50,7 +61,14 @@ def lr_factor(cfg: Config, done: float) -> float:
         return 0.5 + 0.5 * math.cos(math.pi * (done - cfg.warmup) / (1 - cfg.warmup))
     return 0.1 ** sum(done * cfg.epochs >= epoch for epoch in cfg.lr_steps)
 
-# ---- batches ----
+def print_table(number: int) -> None:
+    """A line for each row: parameters beside the head's, their share of the backbone, the command."""
+    for row, flags in TABLES[number].items():
+        with torch.device("meta"):                        # counts without computing
+            counts = DCRIS(parse_config(["--preset", "dcris_b", *flags.split()])).parameter_counts()
+        n = counts["backbone" if row == "full" else "adapters"]
+        print(f"{row:<10}{n:>12,} {n / counts['backbone']:8.2%}  python train.py --preset dcris_b {flags} "
+              f"--out out/table{number}/{row}")
 
 class TrainBatches(torch.utils.data.Dataset):
     """Training batches by number, cfg.accumulate to a step; each is a function of seed and number alone.
@@ -59,7 +77,6 @@ class TrainBatches(torch.utils.data.Dataset):
     its sentences drawn at random. Groups that share a photo stay whole. Process `rank` of `world` gets its
     slice of every batch. Adds mask, uint8 (B, 1, size, size).
     """
-
     def __init__(self, dataset: Dataset, cfg: Config, rank: int = 0, world: int = 1):
         self.dataset, self.cfg, self.rank, self.world = dataset, cfg, rank, world
         self.tokenizer, unit = tokenizer_for(cfg), world * cfg.accumulate * dataset.per_photo
@@ -96,8 +113,6 @@ class TrainBatches(torch.utils.data.Dataset):
         return dict(image=torch.from_numpy(images).permute(0, 3, 1, 2).contiguous(),
                     photo=photo if data.per_photo > 1 else None, mask=torch.from_numpy(masks)[:, None],
                     tokens=self.tokenizer([data.sentences(i)[k] for i, k in pairs], self.cfg.text_length))
-
-# ---- the run ----
 
 def read_values(unread: list[Tensor], step: int, lr: float, batches: TrainBatches) -> list[list[float]]:
     """Loss and gradient norm of the steps up to `step`; one that is not finite stops the run, with ids."""
@@ -139,9 +154,7 @@ def train_step(model: nn.Module, optimizer: torch.optim.Optimizer, parts: list[d
 def benchmark(cfg: Config, raw: DCRIS, model: nn.Module, optimizer: torch.optim.Optimizer,
               device: torch.device) -> dict:
     """Time cfg.benchmark real steps on random data; torch counts the arithmetic, a matmul gives the peak."""
-    import resource                                       # not on Windows
-    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
-    dtype = torch.bfloat16 if cfg.bf16 else torch.float32
+    from resource import RUSAGE_SELF, getrusage           # not on Windows
     unit = cfg.accumulate * (dist.get_world_size() if dist.is_initialized() else 1)
     side, B = cfg.image_size, max(1, cfg.batch_size // unit)           # pairs a part, in each process
     parts = cfg.accumulate * [dict(
@@ -150,47 +163,37 @@ def benchmark(cfg: Config, raw: DCRIS, model: nn.Module, optimizer: torch.optim.
         mask=torch.randint(0, 256, (B, 1, side, side), dtype=torch.uint8, device=device))]
     with FlopCounterMode(display=False) as counter:
         train_step(raw, optimizer, parts, cfg, device)
-    for _ in range(3):                                    # compile and warm up
-        train_step(model, optimizer, parts, cfg, device)
-    wait()
-    if device.type == "cuda":
+    clock = lambda work, times: Timer("work()", globals=dict(work=work), num_threads=torch.get_num_threads()
+                                      ).timeit(times).mean             # seconds; waits for the device
+    step = lambda: train_step(model, optimizer, parts, cfg, device)
+    clock(step, 1)                                        # compile and warm up
+    cuda = device.type == "cuda"
+    if cuda:
         torch.cuda.reset_peak_memory_stats()              # the first step was not compiled
-    started = time.perf_counter()
-    for _ in range(cfg.benchmark):
-        train_step(model, optimizer, parts, cfg, device)
-    wait()
-    seconds = (time.perf_counter() - started) / cfg.benchmark
-    memory = torch.cuda.max_memory_allocated() if device.type == "cuda" else 1024 * resource.getrusage(
-        resource.RUSAGE_SELF).ru_maxrss                   # CPU: the process's, ever
-    n = 8192 if device.type == "cuda" else 1024
-    a, rates = torch.randn(n, n, device=device, dtype=dtype), []
-    for _ in range(10):
-        wait()
-        started = time.perf_counter()
-        a @ a
-        wait()
-        rates.append(2 * n ** 3 / (time.perf_counter() - started))
+    seconds = clock(step, cfg.benchmark)
+    memory = torch.cuda.max_memory_allocated() if cuda else 1024 * getrusage(RUSAGE_SELF).ru_maxrss
+    n = 8192 if cuda else 1024
+    a = torch.randn(n, n, device=device, dtype=torch.bfloat16 if cfg.bf16 else torch.float32)
+    peak = 2 * n ** 3 / min(clock(lambda: a @ a, 1) for _ in range(10))
     achieved = counter.get_total_flops() / seconds
-    name = torch.cuda.get_device_name() if device.type == "cuda" else platform.machine()
+    name = torch.cuda.get_device_name() if cuda else platform.machine()
     return dict(samples_per_s=round(B * unit / seconds, 2), tflops=round(achieved / 1e12, 3),
-                matmul_peak_tflops=round(max(rates) / 1e12, 3), share_of_peak=round(achieved / max(rates), 3),
+                matmul_peak_tflops=round(peak / 1e12, 3), share_of_peak=round(achieved / peak, 3),
                 peak_memory_gib=round(memory / 2 ** 30, 2), device=name, torch=torch.__version__,
-                batch_size=B * unit, accumulate=cfg.accumulate, compile=cfg.compile,
-                bf16=cfg.bf16)
+                batch_size=B * unit, accumulate=cfg.accumulate, compile=cfg.compile, bf16=cfg.bf16)
 
 def draw_curves(logs: list[str | Path], path: str | Path) -> None:
     """A PNG of one or more log.jsonl, a colour each: training loss and mIoU on val against steps."""
     runs = [read_file(x, lambda file: [*map(json.loads, file)], "run python train.py") for x in logs]
     sheet, font = Image.new("RGB", (960, 390 + 20 * len(logs)), "white"), ImageFont.load_default(13)
     draw = ImageDraw.Draw(sheet)
-    for left, key, title in ((70, "loss", "training loss, nats per pixel"), (550, "mIoU", "mIoU on val")):
+    for left, key, title in ((70, "loss", "training loss, nats, by step"), (550, "mIoU", "mIoU on val, by step")):
         curves = [[(line["step"], line[key]) for line in run if key in line] for run in runs]
         right, top = np.max([(5, 1e-3), *(point for curve in curves for point in curve)], axis=0)
         unit = 10 ** math.floor(math.log10(top))
         top = next(m * unit for m in (1, 2, 5, 10) if m * unit >= top)     # five round steps up
         at = lambda x, y: (left + 390 * x / right, 340 - 300 * y / top)
         draw.text((left, 12), title, "black", font)
-        draw.text((left + 390, 362), "step", "gray", font, anchor="ra")
         for k in range(6):
             draw.line((at(0, k / 5 * top), at(right, k / 5 * top)), "gainsboro")
             draw.text(at(0, k / 5 * top), f"{k / 5 * top:.3g}  ", "gray", font, anchor="rm")
@@ -203,6 +206,8 @@ def draw_curves(logs: list[str | Path], path: str | Path) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     cfg, saved = parse_config(argv), None
+    if cfg.table:
+        return print_table(cfg.table)
     if cfg.resume:
         saved = read_checkpoint(cfg.resume)
         cfg = parse_config(argv, saved["config"])
@@ -214,8 +219,7 @@ def main(argv: list[str] | None = None) -> None:
     if world > 1 and device.type == "cuda":               # ConvBN does as much on CPUs
         raw = nn.SyncBatchNorm.convert_sync_batchnorm(raw)
     raw.to(device, memory_format=torch.channels_last).train()
-    counts = raw.parameter_counts()
-    say("parameters: " + ", ".join(f"{name} {n:,}" for name, n in counts.items()))
+    say("parameters: " + ", ".join(f"{name} {n:,}" for name, n in raw.parameter_counts().items()))
     model = torch.compile(raw) if cfg.compile else raw
     model = DistributedDataParallel(model) if world > 1 else model
     trained = [p for p in raw.parameters() if p.requires_grad]

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from data import Tokenizer
+from adapters import Attention, VisionAttention
 from model import DCRIS, PRESETS, Config
 
 TIMEOUT, TRIES, PAUSE = (15, 30), 6, 1.0   # seconds to connect, without a byte; vain tries; pause, doubling
@@ -149,8 +150,7 @@ def write_whole(path: Path, write) -> None:
     finally:
         temporary.unlink(missing_ok=True)
 
-def save_image(image, path: str | Path) -> None:
-    """A PIL image as PNG."""
+def save_image(image, path: str | Path) -> None:          # a PIL image, as PNG
     write_whole(Path(path), lambda file: image.save(file, "PNG"))
 
 def unpack(path: Path) -> None:
@@ -258,15 +258,20 @@ def load_detris(model: DCRIS, path: str | Path) -> None:
     load_checked(model, read_checkpoint(path)["model"])
 
 def load_encoders(model: DCRIS) -> None:
-    """The released files in the folder config.weights into both encoders, unless that is none."""
+    """Both encoders: the released files in the folder config.weights, those in a .pt of ours, or neither."""
     root, letter = model.config.weights, {384: "s", 1024: "l"}.get(model.config.vision_width, "b")  # S, L, B
-    if root != "none":
+    if root.endswith(".pt"):
+        came = read_checkpoint(root)["model"]
+        state = {k: v for k, v in came.items() if k.startswith(("vision.", "text.")) and ".adapter." not in k}
+        load_checked(nn.ModuleDict({"vision": model.vision, "text": model.text}), state, new=".adapter.")
+    elif root != "none":
         load_dinov2(model.vision, find(f"dinov2_vit{letter}14_reg4_pretrain.pth", root))
         load_clip_text(model.text, find("ViT-B-16.pt", root))
 
 def tokenizer_for(cfg: Config) -> Tokenizer:
     """CLIP's where the encoders are the released ones; encoders that began at random need no file."""
-    return Tokenizer(None if cfg.weights == "none" else find(VOCABULARY, cfg.weights), cfg.vocab_size)
+    ids = cfg.weights == "none" or cfg.weights.endswith(".pt")
+    return Tokenizer(None if ids else find(VOCABULARY, cfg.weights), cfg.vocab_size)
 
 def released(model: DCRIS) -> dict:
     """What a checkpoint leaves out: frozen parameters, if they came from released files."""
@@ -301,6 +306,17 @@ def load_trained(model: DCRIS, saved: dict) -> None:
     if released(model).keys() - saved["model"].keys():    # an authors' file has the encoders in it
         load_encoders(model)
     load_checked(model, released(model) | saved["model"])
+
+@torch.no_grad()
+def merge_lora(model: nn.Module) -> None:
+    """Write every LoRA into its table: the same outputs from a model without any, whose method is full."""
+    for attention in model.modules():
+        if isinstance(attention, (Attention, VisionAttention)):
+            visual = isinstance(attention, VisionAttention)
+            table = attention.qkv.weight if visual else attention.in_proj_weight
+            table.copy_(attention.adapter["table"](table))
+            attention.adapter["table"] = nn.Identity()
+    model.config = Config(**vars(model.config) | dict(method="full", visual_layers=(), text_layers=()))
 
 def load_model(path_or_name: str | Path, device: str = "cpu") -> DCRIS:
     """A model in eval mode, from our checkpoint, an authors' file, or a release's name (detris_b_refcoco)."""
