@@ -666,7 +666,6 @@ def equal_runs(whole: Path, part: Path) -> None:
             assert all(np.array_equal(x, y) for x, y in leaves), f"{name} {key}"
 
 def test_killed_and_resumed_equals_uninterrupted():
-    """SIGKILL at ten random moments, a loader process at work: weights, optimizer, log, best, bit for bit."""
     flags = few(data_root=make_refcoco(), dropout=0.1, epochs=12, workers=1, save_minutes=0)
     last = (out := new_folder()) / "part/last.pt"
     start = lambda: train.main([*flags, "--out", f"{out}/part", *["--resume", f"{last}"] * last.exists()])
@@ -839,6 +838,7 @@ def test_methods_train_what_is_theirs_in_one_graph_and_are_read_back():
     path, encoders = new_folder() / "ours.pt", new_folder() / "theirs.pt"
     weights.save_checkpoint(encoders, small(method="full"))            # with adapters, which stay there
     for name in METHODS:
+        torch._dynamo.reset()                              # it keeps eight graphs of one function at most
         model, counter = method(name, weights=str(encoders)), CompileCounterWithBackend("eager")
         weights.load_encoders(model)
         (image, tokens, mask), photo = random_batch(model.config).values(), torch.tensor([0, 0, 1, 1])

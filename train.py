@@ -187,7 +187,7 @@ def draw_curves(logs: list[str | Path], path: str | Path) -> None:
     runs = [read_file(x, lambda file: [*map(json.loads, file)], "run python train.py") for x in logs]
     sheet, font = Image.new("RGB", (960, 390 + 20 * len(logs)), "white"), ImageFont.load_default(13)
     draw = ImageDraw.Draw(sheet)
-    for left, key, title in ((70, "loss", "training loss, nats, by step"), (550, "mIoU", "mIoU on val, by step")):
+    for left, key, title in ((70, "loss", "training loss, nats, by step"), (550, "mIoU", "mIoU on val")):
         curves = [[(line["step"], line[key]) for line in run if key in line] for run in runs]
         right, top = np.max([(5, 1e-3), *(point for curve in curves for point in curve)], axis=0)
         unit = 10 ** math.floor(math.log10(top))
