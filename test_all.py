@@ -60,7 +60,6 @@ def raises(kind: type, words: str, act) -> str:            # the message, which 
         return str(error)
     raise AssertionError(f"no {kind.__name__} about {words!r}")
 
-# ---- the model, beside the originals and by itself ----
 def test_attention_equals_torchs():
     torch.manual_seed(0)
     ours, theirs = Attention(32, 4), nn.MultiheadAttention(32, 4, batch_first=True)
@@ -821,7 +820,8 @@ def test_compiled_equals_eager():
 # ---- methods (Table 2) ----
 def method(name: str, **changes) -> DCRIS:
     layers = dict(visual_layers=(), text_layers=()) if name == "full" else dict(text_layers=(0, 1))
-    return small(**dict(method=name, decoder_depth=1) | layers | changes)
+    ranks = dict(visual_rank=6, text_rank=10) if name == "lora" else {}
+    return small(**dict(method=name, decoder_depth=1) | layers | ranks | changes)
 
 def test_methods_count_what_the_papers_tables_say():
     with contextlib.redirect_stdout(io.StringIO()) as said:

@@ -312,11 +312,11 @@ def merge_lora(model: nn.Module) -> None:
     """Write every LoRA into its table: the same outputs from a model without any, whose method is full."""
     for attention in model.modules():
         if isinstance(attention, (Attention, VisionAttention)):
-            visual = isinstance(attention, VisionAttention)
-            table = attention.qkv.weight if visual else attention.in_proj_weight
+            table = attention.in_proj_weight if isinstance(attention, Attention) else attention.qkv.weight
             table.copy_(attention.adapter["table"](table))
             attention.adapter["table"] = nn.Identity()
-    model.config = Config(**vars(model.config) | dict(method="full", visual_layers=(), text_layers=()))
+    plain = dict(method="full", visual_layers=(), visual_rank=0, text_layers=(), text_rank=0)
+    model.config = Config(**vars(model.config) | plain)
 
 def load_model(path_or_name: str | Path, device: str = "cpu") -> DCRIS:
     """A model in eval mode, from our checkpoint, an authors' file, or a release's name (detris_b_refcoco)."""
