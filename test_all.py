@@ -109,12 +109,14 @@ def test_encoders_and_adapters_equal_the_originals():
 
 def test_whole_model_equals_the_original_at_every_stage_and_in_training():
     g, steps, ours = golden("model_tiny"), golden("train_tiny"), weights.from_detris
-    model = DCRIS(Config(
+    sizes, path = dict(
         vision_width=64, vision_depth=4, vision_heads=4, image_size=112, taps=(0, 2), visual_layers=(1, 3),
         visual_rank=32, text_width=64, text_depth=2, text_heads=1, vocab_size=128, text_layers=(1,),
         text_rank=16, text_adapter="dense", head_width=64, decoder_depth=2, decoder_ffn=64, dropout=0.0,
-        pos_resize="detris", mask_rule="detris", bf16=False))
-    model.load_state_dict(ours(g["state_dict"]))
+        pos_resize="detris", mask_rule="detris", bf16=False), new_folder() / "theirs.pth"
+    torch.save({"state_dict": {f"module.{k}": v for k, v in g["state_dict"].items()}, "epoch": 3}, path)
+    with patch.object(weights, "detris_config", lambda state: sizes):  # a release's heads are 64 wide
+        model = weights.load_model(path)                   # a file in the authors' form
     seen, theirs, once = {"pos_embed_interp": model.vision.positions}, g["outputs"], g["train"]
     for name, place in {"dino.block1.adapter": "vision.blocks.1.adapter", "dino.norm": "vision.norm",
                         "dino.block3.adapter": "vision.blocks.3.adapter", "neck": "neck", "text": "text",
@@ -728,7 +730,6 @@ def test_a_step_in_parts_equals_a_step_and_a_broken_one_names_its_objects():
     assert all(objects.object_id(i) in said for i, _ in batches.pairs(1))
     assert not (out / "last.pt").exists()
 
-# ---- evaluation and prediction ----
 def test_both_rules_are_what_they_say_written_as_matrices():
     def taps(at, n, a=0.0, clamp=True):                    # (places, n): weights, cubic with a, else linear
         t = np.abs(at[:, None] - (k := np.floor(at)[:, None] + np.arange(-1, 3)))
@@ -817,7 +818,6 @@ def test_compiled_equals_eager():
     for name, grad in gradients[0].items():
         close(gradients[-1][name], grad, 1e-5, name)
 
-# ---- methods (Table 2) ----
 def method(name: str, **changes) -> DCRIS:
     layers = dict(visual_layers=(), text_layers=()) if name == "full" else dict(text_layers=(0, 1))
     ranks = dict(visual_rank=6, text_rank=10) if name == "lora" else {}

@@ -30,8 +30,7 @@ from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
 
 from data import Dataset, cache_photos, letterbox_mask, open_dataset, read_file
-from evaluate import (draw_panels, evaluate, ignore_sigterm, precision, showcase, start_processes,
-                      table)
+from evaluate import draw_panels, evaluate, ignore_sigterm, precision, showcase, start_processes, table
 from model import DCRIS, Config, contrastive_loss, parse_config
 from weights import (load_encoders, load_trained, read_checkpoint, save_checkpoint, save_image, tokenizer_for,
                      write_whole)
