@@ -659,7 +659,8 @@ def test_both_programs_write_what_they_promise():
     raises(OSError, "python weights.py dcris_b", lambda: train.main(few(data_root=root, weights="nowhere")))
 
 def equal_runs(whole: Path, part: Path) -> None:
-    assert log_of(whole) == log_of(part) and len(log_of(whole)) > 20
+    assert log_of(whole) == log_of(part) and len(log_of(whole)) > 50
+    assert (whole / "panels.png").read_bytes() == (part / "panels.png").read_bytes()
     for name in ("last.pt", "best.pt"):
         a, b = (weights.read_checkpoint(folder / name) for folder in (whole, part))
         for key in ("model", "optimizer", "step", "best", "unread"):
@@ -667,15 +668,16 @@ def equal_runs(whole: Path, part: Path) -> None:
             assert all(np.array_equal(x, y) for x, y in leaves), f"{name} {key}"
 
 def test_killed_and_resumed_equals_uninterrupted():
-    flags = few(data_root=make_refcoco(), dropout=0.1, epochs=12, workers=1, save_minutes=0)
+    flags = few(data_root=make_refcoco(), dropout=0.1, epochs=30, workers=1, save_minutes=0)
     last = (out := new_folder()) / "part/last.pt"
     start = lambda: train.main([*flags, "--out", f"{out}/part", *["--resume", f"{last}"] * last.exists()])
     with patch.object(train, "LOG_EVERY", 3):
         train.main([*flags, "--out", f"{out}/whole"])
         for _ in range(10):
             forked(start, kill=(0.2, 0.7))
-        if not (out / "part/panels.png").exists():
-            start()
+        start()
+        (out / "part/panels.png").unlink()                 # as if killed between last.pt and the pictures
+        start()
     equal_runs(out / "whole", out / "part")
 
 def test_two_and_four_processes_equal_one():
@@ -692,8 +694,8 @@ def test_two_and_four_processes_equal_one():
             close(one[name].float(), more[name].float(), 5e-4, name)
 
 def test_a_process_that_ends_ends_the_job_which_resumes_exactly():
-    out, flags = new_folder(), few(data_root=make_refcoco(), dropout=0.1, epochs=12, save_minutes=0)
-    flags += ["--workers", "1"]
+    out = new_folder()
+    flags = few(data_root=make_refcoco(), dropout=0.1, epochs=30, workers=1, save_minutes=0)
     command, last = [*TORCHRUN, "--nproc_per_node=2", "train.py", *flags, "--out"], out / "part/last.pt"
     run(*command, out / "whole")
     for words, signal in (("another process ended first", 9), ("stopped after step", 15)):
@@ -752,8 +754,7 @@ def test_batched_scores_equal_one_by_one():
     scores = evaluate(model, val, 1, keep=one)
     assert scores == evaluate(model, val, 23, keep=many) and len(one) == scores["n"] == 34 and model.training
     assert all(abs(a.pop("score") - b.pop("score")) < 1e-5 and a == b for a, b in zip(one, many))
-    batch = EvalBatches(val, Tokenizer(), model.config, 23)[0]
-    assert [len(batch[x]) for x in ("image", "tokens", "photo", "phrase")] == [2, 3, 23, 23]
+    assert [*map(len, EvalBatches(val, Tokenizer(), model.config, 23)[0].values())] == [2, 23, 23, 3, 23, 23]
     mask, score = segment(model, val.photo(1), "photo 4")
     assert one[17]["phrase"] == "photo 4" and (mask & val.mask(1)).sum() == one[17]["inter"] and score > 0.5
 
@@ -809,12 +810,11 @@ def test_compiled_equals_eager():
         model.zero_grad()
         contrastive_loss(network(image[:2], tokens, photo), mask / 255).backward()
         gradients.append({name: p.grad for name, p in model.named_parameters() if p.requires_grad})
-    assert counter.frame_count == 1, f"compiled {counter.frame_count} times"
     model.eval()
     with torch.no_grad():
         for _ in range(3):
             close(compiled(image[:2], tokens, photo), model(image[:2], tokens, photo), 1e-5)
-    assert counter.frame_count == 2, f"compiled {counter.frame_count} times, once of them for evaluation"
+    assert counter.frame_count == 2, f"compiled {counter.frame_count} graphs: one trains, one evaluates"
     for name, grad in gradients[0].items():
         close(gradients[-1][name], grad, 1e-5, name)
 

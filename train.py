@@ -224,8 +224,7 @@ def main(argv: list[str] | None = None) -> None:
     trained = [p for p in raw.parameters() if p.requires_grad]
     optimizer = torch.optim.Adam(trained, cfg.lr, fused=device.type in ("cpu", "cuda"))
     if cfg.benchmark:
-        say(json.dumps(benchmark(cfg, raw, model, optimizer, device)))
-        return
+        return say(json.dumps(benchmark(cfg, raw, model, optimizer, device)))
 
     train_set, val_set = (open_dataset(cfg.dataset, split, cfg.data_root, cfg.seed, cfg.mix_leaky)
                           for split in ("train", "val"))
@@ -240,8 +239,8 @@ def main(argv: list[str] | None = None) -> None:
         optimizer.load_state_dict(saved["optimizer"])
         step, best = saved["step"], saved["best"]
         unread = [torch.tensor(values, device=device) for values in saved["unread"]]
-    if step >= total:
-        raise ValueError(f"{cfg.resume} is at step {step} of {total}: nothing left; raise --epochs to go on")
+    if step > total:
+        raise ValueError(f"{cfg.resume} is at step {step}, beyond the {total} of this run: raise --epochs")
     asked = []                                            # SIGTERM: finish the step, save, leave
     signal.signal(signal.SIGTERM, lambda *_: asked.append("stop"))
     loader = iter(DataLoader(batches, batch_size=None, sampler=range(step * parts, total * parts),
@@ -255,6 +254,7 @@ def main(argv: list[str] | None = None) -> None:
         known = [line + b"\n" for line in lines if json.loads(line)["step"] <= read]
         write_whole(path, lambda file: file.writelines(known))
     log = open(path if rank == 0 else os.devnull, "a")
+    validate = lambda keep: evaluate(raw, val_set, workers=cfg.workers, rank=rank, world=world, keep=keep)
     live = sys.stdout.isatty()                            # a terminal: one line, written over and over
     say(f"{cfg.dataset}: {len(train_set)} objects an epoch, {total - step} steps of {cfg.batch_size} pairs "
         f"over {world} process{'es' * (world > 1)} on {device}; {len(val_set)} objects to validate on")
@@ -282,8 +282,7 @@ def main(argv: list[str] | None = None) -> None:
             line = dict(step=at, epoch=round(epoch, 4), loss=loss, lr=lr, norm=norm)
             print(json.dumps(line), file=log, flush=True)
         if ends:
-            keep = [] if step == total and rank == 0 else None
-            scores = evaluate(raw, val_set, workers=cfg.workers, rank=rank, world=world, keep=keep)
+            scores = validate(keep := [])
             improved, best = scores["mIoU"] > best, max(best, scores["mIoU"])
             say("\n" * live + f"val after epoch {epoch_ends.index(step) + 1}: "
                 f"mIoU {100 * scores['mIoU']:.2f}, oIoU {100 * scores['oIoU']:.2f}"
@@ -297,6 +296,8 @@ def main(argv: list[str] | None = None) -> None:
             kept = time.time()
         if rank == 0 and asked:                           # torchrun ends the other processes
             sys.exit(f"train.py: stopped after step {step}; go on with --resume {out / 'last.pt'}")
+    if first == total:                                    # a run that had only its pictures to make
+        scores = validate(keep := [])
     if rank == 0:
         draw_curves([out / "log.jsonl"], out / "curves.png")
         draw_panels(showcase({"prediction": raw}, val_set, keep), out / "panels.png")
