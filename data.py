@@ -15,6 +15,7 @@ import os
 import pickle
 import re
 import shutil
+import sys
 import tempfile
 import zipfile
 import zlib
@@ -47,12 +48,24 @@ def read_file(path: str | Path, parse, fix: str):
         why = f"{type(e).__name__}: {e}"
         raise ValueError(f"{path} cannot be read ({why}); if it is damaged, delete it and {fix}") from e
 
+def progress(items, total: int, what: str, done: int = 0, size=lambda item: 1):
+    """The items, one by one; stderr shows the share of the total that is done and the time left."""
+    live, first, (begun, shown) = sys.stderr.isatty(), done, 2 * [default_timer()]
+    try:
+        for item in items:
+            yield item
+            done, now = done + size(item), default_timer()
+            if now - shown > (0.5 if live else 30):        # a terminal's line is rewritten
+                shown, left = now, (total - done) / (done - first) * (now - begun)       # seconds
+                print(f"{done / total:4.0%} of {total:,} {what}, {left // 60:.0f}:{left % 60:02.0f} left ",
+                      file=sys.stderr, end="\r" if live else "\n", flush=True)
+    finally:
+        print(end="\n" * (live and shown > begun), file=sys.stderr)
+
 # ---- phrases ----
 class Tokenizer:
     """CLIP's byte-pair tokenizer (github.com/openai/CLIP, simple_tokenizer.py) without `regex` and `ftfy`.
-
-    vocab_path: bpe_simple_vocab_16e6.txt.gz. None: no file at all, one id a word, from the word's checksum.
-    """
+    vocab_path: bpe_simple_vocab_16e6.txt.gz. None: no file, one id a word, from the word's checksum."""
     # differs: ftfy's repairs of broken encodings are left out; any other text gets CLIP's ids.
     space = re.compile(r"[^\S\x1c-\x1f]+")         # \s of the `regex` package lacks these four controls
     split = re.compile(r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[a-z]+|[0-9]|[^a-z0-9 ]+")
@@ -114,9 +127,7 @@ def fit(width: int, height: int, size: int) -> tuple[int, int, int, int]:
 
 def letterbox(image: Image.Image, size: int, rule: str = "aligned") -> np.ndarray:
     """RGB photo -> uint8 (size, size, 3), cubic, on CLIP's mean colour; L mask -> (size, size), linear, on 0.
-
-    aligned: pixel centres. detris: what the release's cv2.warpAffine does, on pixel indices.
-    """
+    aligned: pixel centres. detris: what the release's cv2.warpAffine does, on pixel indices."""
     border, mode = {"RGB": (BORDER, "bicubic"), "L": (0, "bilinear")}[image.mode]
     if rule == "aligned":
         left, top, w, h = fit(*image.size, size)
@@ -124,8 +135,7 @@ def letterbox(image: Image.Image, size: int, rule: str = "aligned") -> np.ndarra
         square.paste(image.resize((w, h), Image.Resampling[mode.upper()]), (left, top))
         return np.array(square)
     assert rule == "detris", rule
-    scale = min(size / image.width, size / image.height)
-    at = torch.arange(size, dtype=torch.float64)
+    scale, at = min(size / image.width, size / image.height), torch.arange(size, dtype=torch.float64)
     # index in the photo = (at - bias) / scale; grid_sample counts -1 ... 1 from outer edge to outer edge
     x, y = ((2 * (at - (size - scale * n) / 2) / scale + 1) / n - 1 for n in image.size)
     grid = torch.stack(torch.meshgrid(x, y, indexing="xy"), -1)[None].float()           # (1, size, size, 2)
@@ -141,8 +151,7 @@ def open_image(source) -> Image.Image:
     """Path or open file -> RGB photo, upright. Transparency turns white; beyond 8 bits is scaled, not cut."""
     if isinstance(source, (str, Path)):
         return read_file(source, open_image, "put the photo there (COCO's: python weights.py coco)")
-    with Image.open(source) as image:
-        image = ImageOps.exif_transpose(image)
+    image = ImageOps.exif_transpose(Image.open(source))
     if image.mode[0] in "IF":                      # 16 or 32 bits, or fractions
         a = np.nan_to_num(np.asarray(image, np.float64))
         tops = (1, 255, a.max()) if image.mode == "F" else (65535, a.max())
@@ -192,9 +201,7 @@ def unpack_counts(text: str | bytes) -> list[int]:
 
 def polygon_flips(polygon: list, height: int, width: int) -> np.ndarray:
     """Where the outline crosses pixel columns, as x * height + y: rleFrPoly of COCO's maskApi.c, vectorised.
-
-    The outline is walked on a grid five times finer; each step over the middle of a column counts.
-    """
+    The outline is walked on a grid five times finer; each step over the middle of a column counts."""
     xy = np.asarray(polygon, np.float64)
     if not (np.abs(xy) < 1e6).all() or np.abs(xy[2:] - xy[:-2]).sum() > 1e7:
         raise ValueError(f"polygon {str(polygon)[:80]}: expected finite numbers of a photo's size")
@@ -263,10 +270,8 @@ class Dataset:
 
 def cache_photos(dataset: Dataset, folder: str | Path, size: int, rule: str = "aligned") -> None:
     """Lets dataset.square read from one file in `folder`, which is built now unless it is there.
-
     Photos are appended to NAME.part, so a killed run goes on where it stopped, and a complete file alone gets
-    its name, which tells size, rule and photos. A second process waits for the first.
-    """
+    its name, which tells size, rule and photos. A second process waits for the first."""
     import fcntl                   # its lock ends with its process, however that ends; Windows has none
     if dataset.endless:
         raise ValueError(f"{dataset.name} {dataset.split} never repeats a photo: leave the cache out")
@@ -280,16 +285,13 @@ def cache_photos(dataset: Dataset, folder: str | Path, size: int, rule: str = "a
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not path.exists() or path.stat().st_size != len(keys) * n:
             with open(f"{path}.part", "ab") as part:
-                start, begin = default_timer(), part.tell() // n
+                begin = part.tell() // n
                 part.truncate(begin * n)           # a photo that was cut off
                 needed, free = (len(keys) - begin) * n / 1e9, shutil.disk_usage(path.parent).free / 1e9
                 if needed > free:
                     raise OSError(f"{path} needs {needed:.2f} GB more, {free:.2f} GB are free on its disk")
-                for k in range(begin, len(keys)):
-                    part.write(dataset.square(first[k], size, rule).tobytes())
-                    if k % 500 == 499:
-                        left = (default_timer() - start) / (k + 1 - begin) * (len(keys) - k - 1)
-                        print(f"{path}: {k + 1:,} of {len(keys):,}, {left / 60:.1f} min left", flush=True)
+                for i in progress(first[begin:], len(keys), f"photos of {path}", begin):
+                    part.write(dataset.square(i, size, rule).tobytes())
                 part.flush()
                 os.fsync(part.fileno())
             os.replace(part.name, path)
@@ -419,10 +421,8 @@ def phrases(things: list[Thing]) -> dict[str, list[tuple[int, str]]]:
 
 class Shapes(Dataset):
     """Rendered scenes of 3 to 5 things, four phrases a scene in a row; the same for the same seed.
-
     Kinds, colours and sizes repeat, so that a phrase has rivals. A third of the phrases name attributes, a
-    third a relation, a third a position or an ordinal; testB has relations and ordinals only.
-    """
+    third a relation, a third a position or an ordinal; testB has relations and ordinals only."""
     per_photo, side = 4, 192
 
     def __init__(self, split: str, seed: int = 0, name: str = "shapes"):

@@ -31,7 +31,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.data import DataLoader
 
-from data import Dataset, EvalBatches, fit, letterbox, open_dataset, open_image
+from data import Dataset, EvalBatches, fit, letterbox, open_dataset, open_image, progress
 from model import DCRIS
 from weights import RELEASES, download, load_model, save_image, tokenizer_for, write_whole
 
@@ -47,8 +47,9 @@ PAPER = {                                                 # split -> Table 1's m
 PLACES = re.compile(r"\b(left|right|top|bottom|above|below|under|behind|front|back|near|far|middle|center|"
                     r"between|corner|first|second|third|last)(?:most)?\b")
 
-def ignore_sigterm(worker: int) -> None:                  # in loaders: torchrun tells all, for the parent
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+def ignore_signals(worker: int) -> None:                  # in loaders: what all are told is for the parent
+    for sent in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(sent, signal.SIG_IGN)
 
 def start_processes(name: str) -> tuple[int, int, torch.device]:
     """(rank, world size, device); joins the others that torchrun started. auto: cuda, else mps, else cpu."""
@@ -59,10 +60,9 @@ def start_processes(name: str) -> tuple[int, int, torch.device]:
         raise ValueError(f"--device {name}: not on this machine ({str(error).splitlines()[0]})") from error
     if device.type == "cuda":
         torch.cuda.set_device(device := torch.device("cuda", int(os.environ.get("LOCAL_RANK", device.index))))
-    if world == 1:
-        return 0, 1, device
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    return dist.get_rank(), world, device
+    if world > 1:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return int(os.environ.get("RANK", 0)), world, device
 
 @contextlib.contextmanager
 def precision(bf16: bool, device: torch.device):
@@ -75,7 +75,6 @@ def precision(bf16: bool, device: torch.device):
 
 def restore_probabilities(logits: Tensor, sizes: list, side: int, rule: str) -> list[Tensor]:
     """logits (B, 1, 4h, 4w) -> B probabilities (H, W), one for each (H, W) of sizes: letterbox undone.
-
     aligned: pixel centres throughout. detris: the release's steps, bicubic with align_corners, then the
     inverse of its affine letterbox on pixel indices, cubic with a = -0.75, zero outside (cv2.warpAffine)."""
     restored, aligned = [], rule == "aligned"
@@ -155,8 +154,9 @@ def evaluate(model: DCRIS, dataset: Dataset, batch_size: int = 32, workers: int 
     cfg, device, rows = model.config, model.mean.device, [] if keep is None else keep
     batches = EvalBatches(dataset, tokenizer_for(cfg), cfg, batch_size, rank, world, shuffle_text)
     counts = torch.zeros(len(batches.pairs), 4, device=device)
-    for batch in DataLoader(batches, None, sampler=range(len(batches.chunks)), num_workers=workers,
-                            worker_init_fn=ignore_sigterm):
+    loader = DataLoader(batches, None, sampler=range(len(batches.chunks)), num_workers=workers,
+                        worker_init_fn=ignore_signals)
+    for batch in progress(loader, len(loader), f"batches of {dataset.split}") if rank == 0 else loader:
         truths = [truth.to(device, non_blocking=True) for truth in batch["truth"]]
         preds, scores = predict(model, batch, [truth.shape for truth in truths], threshold, bf16)
         for row, pred, truth, score in zip(batch["rows"], preds, truths, scores):      # waits for no result
@@ -336,5 +336,5 @@ def main(argv: list[str] | None = None) -> None:
 if __name__ == "__main__":
     try:
         main()
-    except (ValueError, OSError) as error:
-        sys.exit(f"evaluate.py: {error}")
+    except (ValueError, OSError, KeyboardInterrupt) as error:
+        sys.exit(f"evaluate.py: {str(error) or 'stopped'}")

@@ -30,7 +30,7 @@ from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
 
 from data import Dataset, cache_photos, letterbox_mask, open_dataset, read_file
-from evaluate import draw_panels, evaluate, ignore_sigterm, precision, showcase, start_processes, table
+from evaluate import draw_panels, evaluate, ignore_signals, precision, showcase, start_processes, table
 from model import DCRIS, Config, contrastive_loss, parse_config
 from weights import (load_encoders, load_trained, read_checkpoint, save_checkpoint, save_image, tokenizer_for,
                      write_whole)
@@ -241,11 +241,12 @@ def main(argv: list[str] | None = None) -> None:
         unread = [torch.tensor(values, device=device) for values in saved["unread"]]
     if step > total:
         raise ValueError(f"{cfg.resume} is at step {step}, beyond the {total} of this run: raise --epochs")
-    asked = []                                            # SIGTERM: finish the step, save, leave
-    signal.signal(signal.SIGTERM, lambda *_: asked.append("stop"))
+    asked = []                                            # SIGTERM or Ctrl-C: finish the step, save, leave
+    for sent in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(sent, lambda *_: asked.append("stop"))
     loader = iter(DataLoader(batches, batch_size=None, sampler=range(step * parts, total * parts),
                              num_workers=cfg.workers, prefetch_factor=4 if cfg.workers else None,
-                             pin_memory=device.type == "cuda", worker_init_fn=ignore_sigterm))
+                             pin_memory=device.type == "cuda", worker_init_fn=ignore_signals))
     out = Path(cfg.out)
     out.mkdir(parents=True, exist_ok=True)
     path, read = out / "log.jsonl", step - len(unread)    # a killed run may have gone on for some lines
@@ -253,7 +254,7 @@ def main(argv: list[str] | None = None) -> None:
         lines = path.read_bytes().split(b"\n")[:-1] if read and path.exists() else []     # whole ones
         known = [line + b"\n" for line in lines if json.loads(line)["step"] <= read]
         write_whole(path, lambda file: file.writelines(known))
-    log = open(path if rank == 0 else os.devnull, "a")
+    log = open(path if rank == 0 else os.devnull, "a", buffering=1)     # a line at a time
     validate = lambda keep: evaluate(raw, val_set, workers=cfg.workers, rank=rank, world=world, keep=keep)
     live = sys.stdout.isatty()                            # a terminal: one line, written over and over
     say(f"{cfg.dataset}: {len(train_set)} objects an epoch, {total - step} steps of {cfg.batch_size} pairs "
@@ -279,15 +280,14 @@ def main(argv: list[str] | None = None) -> None:
             say(f"epoch {epoch:5.2f}/{cfg.epochs}  step {at}/{total}  loss {loss:.4f}  lr {lr:.1e}  "
                 f"gradient {norm:.2f}  {rate:.0f} samples/s  {left // 60:.0f}:{left % 60:02.0f} left",
                 end="   \r" if live else "\n", flush=True)
-            line = dict(step=at, epoch=round(epoch, 4), loss=loss, lr=lr, norm=norm)
-            print(json.dumps(line), file=log, flush=True)
+            print(json.dumps(dict(step=at, epoch=round(epoch, 4), loss=loss, lr=lr, norm=norm)), file=log)
         if ends:
             scores = validate(keep := [])
             improved, best = scores["mIoU"] > best, max(best, scores["mIoU"])
             say("\n" * live + f"val after epoch {epoch_ends.index(step) + 1}: "
                 f"mIoU {100 * scores['mIoU']:.2f}, oIoU {100 * scores['oIoU']:.2f}"
                 + ", the best so far" * improved, flush=True)
-            print(json.dumps(dict(step=step, **scores)), file=log, flush=True)
+            print(json.dumps(dict(step=step, **scores)), file=log)
             if improved and rank == 0:                    # first, since last.pt holds the new best
                 save_checkpoint(out / "best.pt", raw, step=step, best=best)
         if rank == 0 and (ends or asked or time.time() - kept > 60 * cfg.save_minutes):
@@ -311,8 +311,8 @@ def main(argv: list[str] | None = None) -> None:
 if __name__ == "__main__":
     try:
         main()
-    except (ValueError, OSError) as error:
-        sys.exit(f"train.py: {error}")
+    except (ValueError, OSError, KeyboardInterrupt) as error:
+        sys.exit(f"train.py: {str(error) or 'stopped'}")
     except RuntimeError as error:                         # torch's own; what it does not name is our fault
         advice = [text for words, text in ADVICE.items() if words in str(error)]
         if not advice:

@@ -19,7 +19,7 @@ import requests
 import torch
 from torch import Tensor, nn
 
-from data import Tokenizer
+from data import Tokenizer, progress
 from adapters import Attention, VisionAttention
 from model import DCRIS, PRESETS, Config
 
@@ -124,13 +124,9 @@ def append(url: str, part, have: int, size: int | None) -> None:
         if total - start > shutil.disk_usage(os.path.dirname(part.name)).free:
             raise OSError(f"{part.name}: {(total - start) / 1e9:.1f} GB are to come, the disk has less free")
         part.truncate(start)                              # to nothing, if the server begins anew
-        live, shown, begun, done = sys.stderr.isatty(), time.monotonic(), time.monotonic(), start
-        for chunk in reply.iter_content(1 << 16):
-            done, now = done + part.write(chunk[:total - done]), time.monotonic()
-            if now - shown > (0.5 if live else 30) or done == total:      # a terminal's line is rewritten
-                shown, left = now, (total - done) * (now - begun) / (done - start + 1e-9)   # seconds
-                text = f"{part.name[:-5]} {done / total:4.0%} of {total / 1e6:.0f} MB, {left:.0f} s left "
-                print(text, file=sys.stderr, end="\r" if live and done < total else "\n")
+        done = start
+        for chunk in progress(reply.iter_content(1 << 16), total, f"bytes of {part.name[:-5]}", start, len):
+            done += part.write(chunk[:total - done])
             if done == total:
                 return os.fsync(part.fileno())            # on the disk before it gets its name
         raise requests.ConnectionError(f"closed after {done} of {total} bytes")     # what came is kept
