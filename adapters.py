@@ -14,10 +14,8 @@ from torch import Tensor, nn
 
 class Attention(nn.Module):
     """Multi-head attention (Vaswani et al. 2017, section 3.2.2); equals nn.MultiheadAttention, batch first.
-
     query (B, Q, E), key and value (B, K, E) -> (B, Q, E). Dropout falls on the attention weights.
-    pad: (B, K) bool, True where a key must not be looked at. causal: token i sees tokens 0 ... i only.
-    """
+    pad: (B, K) bool, True where a key must not be looked at. causal: token i sees tokens 0 ... i only."""
     def __init__(self, width: int, heads: int, dropout: float = 0.0):
         super().__init__()
         self.heads, self.dropout = heads, dropout
@@ -40,9 +38,7 @@ class Attention(nn.Module):
 
     def gate(self, value: Tensor) -> Tensor:
         """The output where there is one key only: the softmax is 1 whatever the query. (B, E) -> (B, E).
-
-        The table's rows for queries and keys are never read; as in the original, their gradient is zero.
-        """
+        The table's rows for queries and keys are never read; as in the original, their gradient is zero."""
         weight, bias = self.in_proj_weight.chunk(3)[2], self.in_proj_bias.chunk(3)[2]
         return self.out_proj(F.linear(value, weight, bias))
 
@@ -92,21 +88,28 @@ class ConvBN(nn.Module):
         return self.normalise(self.conv(x))
 
     def normalise(self, x: Tensor) -> Tensor:
-        if not (self.training and dist.is_initialized() and x.device.type == "cpu"):
-            return F.relu(self.bn(x))                     # processes on GPUs: torch's SyncBatchNorm
-        rank, x = dist.get_rank(), x.contiguous()         # CPUs lack it, so each normalises all samples
-        parts = [torch.empty_like(x) for _ in range(dist.get_world_size())]
-        dist.all_gather(parts, x.detach())
-        parts[rank] = x                                   # the only ones with a gradient, so: summed in place
-        everyone = torch.cat(parts)                       # (world * B, ...)
-        everyone.register_hook(lambda grad: dist.all_reduce(grad))
-        return F.relu(self.bn(everyone).chunk(len(parts))[rank])
+        if not (self.training and dist.is_initialized()):
+            return F.relu(self.bn(x))
+        # Over all processes, which hold as many samples each. torch's SyncBatchNorm has no CPU path, and its
+        # masks cut a compiled graph into pieces.
+        bn, world, dims = self.bn, dist.get_world_size(), [0, *range(2, x.dim())]
+        own = torch.stack(torch.var_mean(x.float(), dims, correction=0, keepdim=True))       # (2, 1, C, ...)
+        parts = [torch.empty_like(own) for _ in range(world)]
+        dist.all_gather(parts, own.detach())
+        parts[dist.get_rank()] = own                      # the only ones with a gradient, summed in place
+        every = torch.stack(parts)                        # (world, 2, 1, C, ...)
+        every.register_hook(lambda grad: dist.all_reduce(grad))
+        var, mean = every[:, 0].mean(0) + every[:, 1].var(0, correction=0), every[:, 1].mean(0)
+        n = world * x.numel() // x.shape[1]
+        for average, now in ((bn.running_mean, mean), (bn.running_var, var * n / (n - 1))):
+            average.lerp_(now.detach().flatten(), bn.momentum)
+        bn.num_batches_tracked += 1
+        x = ((x - mean) * (var + bn.eps).rsqrt()).to(x.dtype)
+        return F.relu(x * bn.weight.view(mean.shape) + bn.bias.view(mean.shape))
 
 class DenseBranches(nn.Module):
     """The densely connected prior of Eq. 1: each kernel size reads the input and all smaller ones' outputs.
-
-    (B, r, h, w) -> (B, r, h, w), or (B, r, L) -> (B, r, L) with dims=1. The residual "+ F_v" is the caller's.
-    """
+    (B, r, h, w) -> (B, r, h, w), or (B, r, L) -> (B, r, L) with dims=1. "+ F_v" is the caller's."""
     def __init__(self, rank: int, dims: int):
         super().__init__()
         conv = lambda inputs, outputs, kernel: ConvBN(inputs, outputs, kernel, eps=1e-3, bias=True, dims=dims)
@@ -134,10 +137,8 @@ class CrossAttention(nn.Module):
 
 class DenseCrossAdapter(nn.Module):
     """DenseCrossAdapter (paper, Eq. 1-2; DETRIS: DenseAligner). Its output is added, times 0.2, to an MLP's.
-
     x (B, S, C), words (B, L, D), grid (h, w) with S - h*w prefix tokens -> (B, S, C).
-    Class and register tokens skip convolution and attention; the release gives them F_v twice.
-    """
+    Class and register tokens skip convolution and attention; the release gives them F_v twice."""
     def __init__(self, width: int, rank: int, text_width: int, dropout: float = 0.1):
         super().__init__()
         self.down = nn.Linear(width, rank)
@@ -167,9 +168,7 @@ class TextAdapter(nn.Module):
 
 class DenseTextAdapter(nn.Module):
     """The release's text adapter (DETRIS: TextAdapter): Eq. 1's branches along the sentence, kernels 1, 3, 5.
-
-    (B, L, D) -> (B, L, D). The start token skips the branches, and like all tokens gets "+ F_t" at the end.
-    """
+    (B, L, D) -> (B, L, D). The start token skips the branches, and like all gets "+ F_t" at the end."""
     def __init__(self, width: int, rank: int):
         super().__init__()
         self.down, self.dense = nn.Linear(width, rank), DenseBranches(rank, dims=1)
@@ -190,9 +189,7 @@ def init_adapter(layer: nn.Module) -> None:
 # ---- the rivals of Table 2 ----
 class LoRA(nn.Module):
     """LoRA (Hu et al. 2022, Eq. 3): W_0 + B A in place of W_0, for queries and values; B = 0 at first.
-
-    table (3C, C), the weights of queries, keys and values -> the same, so no token costs a product more.
-    """
+    table (3C, C), the weights of queries, keys and values -> the same, so no token costs a product more."""
     def __init__(self, width: int, rank: int):
         super().__init__()
         self.A = nn.Parameter(torch.randn(2, rank, width) * width ** -0.5)
@@ -213,9 +210,7 @@ class HoulsbyAdapter(TextAdapter):
 
 class HypercomplexLinear(nn.Module):
     """Compacter's layer: x W + b, W the sum of n Kronecker products of A_i (n, n) and s_i t_i of a low rank.
-
-    No product is ever built: x in n pieces meets s, then A, then t. (B, S, inputs) -> (B, S, outputs).
-    """
+    No product is ever built: x in n pieces meets s, then A, then t. (B, S, inputs) -> (B, S, outputs)."""
     def __init__(self, inputs: int, outputs: int, n: int = 4, factor: int = 16):
         super().__init__()
         glorot = lambda a, b: (2 * torch.rand(n, a, b) - 1) * math.sqrt(12 / (a + b))     # gain sqrt(2)
@@ -236,10 +231,8 @@ class Compacter(HoulsbyAdapter):
 
 class EtrisBridge(nn.Module):
     """A stage of ETRIS's Bridger (Xu et al. 2023): image + up(v * MHA(v, t, t)), text + up(t * MHA(t, v, v)).
-
     patches (B, N, C), words (B, L, D), before: v and t of the stage before, zeros at first
-    -> what to add to patches and to words, and v (B, N, r) and t (B, L, r).
-    """
+    -> what to add to patches and to words, and v (B, N, r) and t (B, L, r)."""
     def __init__(self, width: int, text_width: int, rank: int, first: bool):
         super().__init__()
         self.down, self.up = ConvBN(width, rank, 1, dims=1), ConvBN(rank, width, 1, dims=1)

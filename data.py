@@ -62,7 +62,6 @@ def progress(items, total: int, what: str, done: int = 0, size=lambda item: 1):
     finally:
         print(end="\n" * (live and shown > begun), file=sys.stderr)
 
-# ---- phrases ----
 class Tokenizer:
     """CLIP's byte-pair tokenizer (github.com/openai/CLIP, simple_tokenizer.py) without `regex` and `ftfy`.
     vocab_path: bpe_simple_vocab_16e6.txt.gz. None: no file, one id a word, from the word's checksum."""
@@ -119,7 +118,6 @@ class Tokenizer:
             self.cache[text] = [self.ids[symbol] for symbol in word]
         return self.cache[text]
 
-# ---- photos and masks ----
 def fit(width: int, height: int, size: int) -> tuple[int, int, int, int]:
     """Where a photo lies in its square under the aligned rule, whole pixels: (left, top, width, height)."""
     w, h = (max(1, round(n * min(size / width, size / height))) for n in (width, height))
@@ -148,10 +146,10 @@ def letterbox_mask(mask: np.ndarray, size: int, rule: str = "aligned") -> np.nda
     return letterbox(Image.fromarray(mask.astype(np.uint8) * 255), size, rule)
 
 def open_image(source) -> Image.Image:
-    """Path or open file -> RGB photo, upright. Transparency turns white; beyond 8 bits is scaled, not cut."""
+    """Path, file or picture -> RGB, upright. Transparency turns white; beyond 8 bits is scaled, not cut."""
     if isinstance(source, (str, Path)):
         return read_file(source, open_image, "put the photo there (COCO's: python weights.py coco)")
-    image = ImageOps.exif_transpose(Image.open(source))
+    image = ImageOps.exif_transpose(source if isinstance(source, Image.Image) else Image.open(source))
     if image.mode[0] in "IF":                      # 16 or 32 bits, or fractions
         a = np.nan_to_num(np.asarray(image, np.float64))
         tops = (1, 255, a.max()) if image.mode == "F" else (65535, a.max())
@@ -238,9 +236,9 @@ class Dataset:
 
     def photo(self, i: int) -> Image.Image:        # RGB, upright
         r = self.record(i)
-        image = open_image(r["photo"]) if isinstance(r["photo"], str) else read_file(
-            r["photo"][0], lambda f: open_image(read_member(f, *r["photo"][1:])),
-            f"run python weights.py coco (it happened at {r['id']})")
+        path, *place = [r["photo"]] if isinstance(r["photo"], str) else r["photo"]          # place: in a zip
+        image = read_file(path, lambda f: open_image(read_member(f, *place) if place else f),
+                          f"put it there (COCO's: python weights.py coco); {r['id']} needs it")
         if [image.height, image.width] != r["size"]:
             raise ValueError(f"{r['id']}: photo of height and width {image.size[::-1]}, mask of {r['size']}")
         return image
@@ -348,7 +346,7 @@ def jsonl_records(path: str | Path, split: str) -> list[dict]:
     """Your own data, an object a line: image, mask, sentences, maybe split; paths relative to the file.
     mask: a PNG, COCO polygons or an RLE. A line without "split" belongs to every split."""
     folder, records = Path(path).parent, []
-    lines = read_file(path, lambda f: f.read().decode("utf-8-sig").split("\n"), "check the path")
+    lines = read_file(path, lambda f: f.read().decode("utf-8-sig").split("\n"), "see that it is UTF-8")
     for number, line in filter(lambda numbered: numbered[1].strip(), enumerate(lines, 1)):
         try:
             entry = json.loads(line)
@@ -362,7 +360,9 @@ def jsonl_records(path: str | Path, split: str) -> list[dict]:
                 size = list(image.size[::1 if image.getexif().get(274, 1) >= 5 else -1])   # on its side: >= 5
             pixels = read_mask(mask, *size)
             if list(pixels.shape) != size or not pixels.any():
-                raise ValueError(f"mask is all black or {pixels.shape}, not of the photo's size, {size}")
+                raise ValueError(f"mask of {list(pixels.shape)}, {pixels.sum()} not black; photo size {size}")
+            if entry.get("split", split) not in (*SHAPES, "test"):
+                raise ValueError(f"split {entry.get('split', split)!r}: not train, val, test, testA or testB")
             if entry.get("split", split) == split:
                 records.append(dict(id=f"{Path(path).name} line {number}", sentences=phrases, size=size,
                                     photo=photo, mask=mask, key=f"{photo} {os.path.getmtime(photo)}"))
@@ -503,7 +503,7 @@ def render(things: list[Thing], side: int, rng: np.random.Generator) -> Image.Im
 def open_dataset(name: str, split: str, root: str | Path = "data", seed: int = 0,
                  mix_leaky: bool = False) -> Dataset:
     """One split by name; mix: three training sets without photos of their val and test; val is RefCOCO's."""
-    if name.endswith(".jsonl"):
+    if name.lower().endswith(".jsonl"):
         return Dataset(name, split, jsonl_records(name, split))
     splits = {**dict.fromkeys(PALETTES, SHAPES), **REFCOCO, "mix": ("train", "val")}
     if split not in splits.get(name, ()):

@@ -1,19 +1,20 @@
 """From logits to masks at each photo's own size, to I and U, to a report; one rule everywhere.
 
-    python evaluate.py --split all --panels FILE.png             every split of the checkpoint's data set
+    python evaluate.py --split all --panels FILE.png             every split; several GPUs: torchrun
     python evaluate.py --split val --shuffle_text                other photos' phrases: the score must fall
     python evaluate.py --compare A.pt B.pt --panels FILE.png     several checkpoints, side by side
     python evaluate.py --image a.jpg b.jpg --text "left piece slice" "a plate" --out FILE.png     own photos
     python evaluate.py --export model.pt2                        a file that runs with torch alone
-    torchrun --standalone --nproc_per_node=2 evaluate.py --split all --json FILE --per_sentence FILE.jsonl
 """
 import argparse
+import atexit
 import contextlib
 import copy
 import functools
 import hashlib
 import itertools
 import json
+import multiprocessing
 import os
 import re
 import signal
@@ -31,31 +32,35 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.data import DataLoader
 
-from data import Dataset, EvalBatches, fit, letterbox, open_dataset, open_image, progress
-from model import DCRIS
-from weights import RELEASES, download, load_model, save_image, tokenizer_for, write_whole
+from data import SHAPES, Dataset, EvalBatches, fit, letterbox, open_dataset, open_image, progress
+from model import DCRIS, PAPER
+from weights import fetched, load_model, save_image, tokenizer_for, write_whole
 
 GREEN, RED, BLUE = (20, 150, 70), (220, 30, 30), (30, 100, 255)        # truth; predicted or wrong; missed
 FONTS = ("DejaVuSans.ttf", "arial.ttf", "Arial Unicode.ttf", "NotoSansCJK-Regular.ttc", "msyh.ttc")
 THRESHOLD = {"aligned": 0.5, "detris": 0.35}              # of the probability; the release's is 0.35
 NAMES = {"mIoU": 0, "oIoU": 0, "Pr@50": .5, "Pr@60": .6, "Pr@70": .7, "Pr@80": .8, "Pr@90": .9}  # IoU > X
-PAPER = {                                                 # split -> Table 1's mIoU of DCRIS-B and DCRIS-L
-    "refcoco": dict(val=(76.4, 77.9), testA=(77.9, 79.0), testB=(73.7, 75.0)),
-    "refcoco+": dict(val=(69.8, 71.9), testA=(74.4, 75.9), testB=(62.6, 65.7)),
-    "refcocog_umd": dict(val=(68.4, 70.1), test=(68.5, 70.9)), "refcocog_google": dict(val=(65.9, 68.5)),
-    "shapes": dict(val=(), testA=(), testB=())}
 PLACES = re.compile(r"\b(left|right|top|bottom|above|below|under|behind|front|back|near|far|middle|center|"
                     r"between|corner|first|second|third|last)(?:most)?\b")
+LOADER = r"(?s)Caught .* in DataLoader.*\n\w+: "           # what torch writes before a loader's own message
 
 def ignore_signals(worker: int) -> None:                  # in loaders: what all are told is for the parent
     for sent in (signal.SIGTERM, signal.SIGINT):
         signal.signal(sent, signal.SIG_IGN)
 
+@atexit.register
+def end_loaders() -> None:                                # Python would send them SIGTERM and wait
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)         # torch calls a killed loader an error
+    for loader in multiprocessing.active_children():
+        loader.kill()
+
 def start_processes(name: str) -> tuple[int, int, torch.device]:
     """(rank, world size, device); joins the others that torchrun started. auto: cuda, else mps, else cpu."""
-    world, found = int(os.environ.get("WORLD_SIZE", 1)), torch.accelerator.current_accelerator(True)
+    world, mps = int(os.environ.get("WORLD_SIZE", 1)), torch.backends.mps.is_available()
+    found = "cuda" if torch.cuda.is_available() else "mps" if mps and world == 1 else "cpu"
+    torch.backends.cudnn.allow_tf32 = False               # float32 means float32, as it does on a CPU
     try:
-        device = torch.empty(0, device=str(found or "cpu") if name == "auto" else name).device
+        device = torch.empty(0, device=found if name == "auto" else name).device
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"--device {name}: not on this machine ({str(error).splitlines()[0]})") from error
     if device.type == "cuda":
@@ -82,9 +87,8 @@ def restore_probabilities(logits: Tensor, sizes: list, side: int, rule: str) -> 
     runs = [(size, len(list(same))) for size, same in itertools.groupby(sizes)]     # neighbours of one size
     for ((H, W), n), some in zip(runs, prob.split([n for _, n in runs])):
         if aligned:
-            left, top, w, h = fit(W, H, side)
-            some = some[..., top:top + h, left:left + w]
-            some = F.interpolate(some, (H, W), mode="bilinear", antialias=H < h)
+            x, y, w, h = fit(W, H, side)
+            some = F.interpolate(some[..., y:y + h, x:x + w], (H, W), mode="bilinear", antialias=H < h)
         else:
             scale = min(side / W, side / H)
             y, x = (torch.arange(m, dtype=torch.float64) * scale + (side - scale * m) / 2 for m in (H, W))
@@ -106,8 +110,6 @@ def restore_masks(logits: Tensor, sizes: list, image_size: int, rule: str = "ali
 
 def metrics(inter: np.ndarray, union: np.ndarray) -> dict[str, float]:
     """Each sentence's I and U in pixels -> mIoU, oIoU, Pr@50 ... Pr@90 (fractions), n. Union 0: IoU 0."""
-    if not len(inter):
-        raise ValueError("no sentence to score")
     iou = inter / np.maximum(union, 1)
     above = {name: float((iou > least).mean()) for name, least in NAMES.items()}
     return above | dict(mIoU=float(iou.mean()), oIoU=float(inter.sum() / max(union.sum(), 1)), n=len(iou))
@@ -138,8 +140,8 @@ def summarise(rows: list[dict]) -> dict:
 def predict(model: DCRIS, batch: dict, sizes: list, threshold: float | None = None,
             bf16: bool = False) -> tuple[list[Tensor], Tensor]:
     """B masks at their photos' sizes, and scores (B,), the mean probability inside each; on the device."""
-    cfg, device, training = model.config, model.mean.device, model.training
-    inputs = [batch[x].to(device, non_blocking=True) for x in ("image", "tokens", "photo", "phrase")]
+    cfg, device, training, cuda = model.config, model.mean.device, model.training, model.mean.is_cuda
+    inputs = [batch[x].to(device, non_blocking=cuda) for x in ("image", "tokens", "photo", "phrase")]
     with precision(bf16, device):
         logits = model.eval()(*inputs)
     model.train(training)                                 # as it was
@@ -155,13 +157,12 @@ def evaluate(model: DCRIS, dataset: Dataset, batch_size: int = 32, workers: int 
     batches = EvalBatches(dataset, tokenizer_for(cfg), cfg, batch_size, rank, world, shuffle_text)
     counts = torch.zeros(len(batches.pairs), 4, device=device)
     loader = DataLoader(batches, None, sampler=range(len(batches.chunks)), num_workers=workers,
-                        worker_init_fn=ignore_signals)
+                        pin_memory=device.type == "cuda", worker_init_fn=ignore_signals)
     for batch in progress(loader, len(loader), f"batches of {dataset.split}") if rank == 0 else loader:
-        truths = [truth.to(device, non_blocking=True) for truth in batch["truth"]]
+        truths = [truth.to(device, non_blocking=device.type == "cuda") for truth in batch["truth"]]
         preds, scores = predict(model, batch, [truth.shape for truth in truths], threshold, bf16)
-        for row, pred, truth, score in zip(batch["rows"], preds, truths, scores):      # waits for no result
-            inter, union, share = (pred & truth).sum(), (pred | truth).sum(), truth.float().mean()
-            counts[row] = torch.stack([inter, union, share, score])
+        for row, pred, true, score in zip(batch["rows"], preds, truths, scores):       # waits for no result
+            counts[row] = torch.stack([(pred & true).sum(), (pred | true).sum(), true.float().mean(), score])
     if world > 1:
         dist.all_reduce(counts)
     for (i, k), (j, said), (inter, union, share, score) in zip(batches.pairs, batches.words, counts.tolist()):
@@ -174,16 +175,14 @@ def evaluate(model: DCRIS, dataset: Dataset, batch_size: int = 32, workers: int 
 def segment_all(model: DCRIS, image: Image.Image | str | Path, texts: list[str],
                 threshold: float | None = None, bf16: bool = False) -> list[tuple[np.ndarray, float]]:
     """segment() for several texts about one photo, whose shared part runs once."""
-    cfg, rows = model.config, torch.arange(len(texts))
-    image = image.convert("RGB") if isinstance(image, Image.Image) else open_image(image)
+    cfg, rows, image = model.config, torch.arange(len(texts)), open_image(image)
     square = torch.from_numpy(letterbox(image, cfg.image_size, cfg.mask_rule)).permute(2, 0, 1)[None]
     batch = dict(image=square, tokens=tokenizer_for(cfg)(texts, cfg.text_length), photo=0 * rows, phrase=rows)
     masks, scores = predict(model, batch, len(texts) * [image.size[::-1]], threshold, bf16)
     return [(mask.cpu().numpy(), score) for mask, score in zip(masks, scores.tolist())]
 
 def segment(model: DCRIS, image: Image.Image | str | Path, text: str) -> tuple[np.ndarray, float]:
-    """What the text means in one photo: mask, bool (H, W) as a person sees the photo, and score, the mean
-    probability inside the mask, 0 to 1; 0 where the mask is empty."""
+    """Mask, bool (H, W) as a person sees the photo; score, the mean probability in it, 0 if it is empty."""
     return segment_all(model, image, [text])[0]
 
 @functools.lru_cache(maxsize=64)
@@ -208,38 +207,37 @@ def paint(photo: Image.Image, mask: np.ndarray, colour: tuple, truth=None) -> Im
         canvas.paste(fill, mask=Image.fromarray(part))
     return canvas
 
-def draw_panels(cases: list[dict], path: str | Path, side: int = 224) -> None:
+def draw_panels(cases: list[tuple], path: str | Path, side: int = 224) -> None:
     """A PNG like the paper's Figures 3 and 4: photo | ground truth | predictions | error of a lone one, a row
-    for each case, a dict of title, photo, truth (H, W) and preds {name: (H, W)}."""
+    for each case: title, photo, truth (H, W) and predictions {name: (H, W)}."""
     strips = []
-    for case in cases:
-        photo, truth, title = case["photo"], case["truth"], case["title"]
-        cells = {"photo": photo, "ground truth": paint(photo, truth, GREEN)}
-        for name, pred in case["preds"].items():
+    for title, photo, truth, preds in cases:
+        cells = [("photo", photo), ("ground truth", paint(photo, truth, GREEN))]
+        for name, pred in preds.items():
             iou = 100 * (pred & truth).sum() / max(1, (pred | truth).sum())
-            cells[f"{'/'.join(Path(name).parts[-2:])[-18:]}, IoU {iou:.1f}"] = paint(photo, pred, RED)
-        if len(case["preds"]) == 1:
-            cells["blue: missed, red: wrong"] = paint(photo, pred, RED, truth)
+            cells.append((f"{'/'.join(Path(name).parts[-2:])[:18]}, IoU {iou:.1f}", paint(photo, pred, RED)))
+        if len(preds) == 1:
+            cells.append(("blue: missed, red: wrong", paint(photo, pred, RED, truth)))
         font, width = font_for(title), (side + 8) * len(cells) + 8
         lines = textwrap.wrap(title, int(0.9 * width * len(title) / font.getlength(title)))
         strip = Image.new("RGB", (width, side + 20 * len(lines) + 50), "white")
         draw, top = ImageDraw.Draw(strip), strip.height - side
         draw.text((8, 18), "\n".join(lines), "black", font)
-        for left, (label, picture) in zip(range(8, width, side + 8), cells.items()):
+        for left, (label, picture) in zip(range(8, width, side + 8), cells):
             draw.text((left, top - 20), label, "dimgray", font_for(label))
             strip.paste(ImageOps.pad(picture, (side, side), color="white"), (left, top))
         strips.append(strip)
     save_image(Image.fromarray(np.concatenate(strips)), path)
 
-def showcase(models: dict[str, DCRIS], dataset: Dataset, rows: list[dict], threshold=None) -> list[dict]:
+def showcase(models: dict[str, DCRIS], dataset: Dataset, rows: list[dict], threshold=None) -> list[tuple]:
     """Of evaluate's rows the two best, two middle and two worst, as each model sees them, for draw_panels."""
     ranked, n, cases = sorted(rows, key=lambda row: -row["iou"]), len(rows), []
     picked = {0: "best", 1: "best", n // 2 - 1: "median", n // 2: "median", n - 2: "worst", n - 1: "worst"}
     for k in sorted(picked.keys() & set(range(n))):
         phrase, i = ranked[k]["phrase"], ranked[k]["object"]
-        title, photo = f'{dataset.split}, {picked[k]}: "{phrase}"', dataset.photo(i)
+        title, photo = f'{dataset.split}, {picked[k]}: "{" ".join(phrase.split())}"', dataset.photo(i)
         preds = {name: segment_all(model, photo, [phrase], threshold)[0][0] for name, model in models.items()}
-        cases.append(dict(title=title, photo=photo, truth=dataset.mask(i), preds=preds))
+        cases.append((title, photo, dataset.mask(i), preds))
     return cases
 
 def table(scores: dict, paper: tuple = ()) -> str:
@@ -256,8 +254,7 @@ def export(model: DCRIS, path: str | Path) -> None:
     """What torch.export.load reads alone: image uint8 (B, 3, H, W), tokens (B, L) -> logits, for any B."""
     side, B = model.config.image_size, {0: torch.export.Dim("B")}
     inputs = torch.zeros(2, 3, side, side, dtype=torch.uint8), torch.ones(2, model.config.text_length).long()
-    inputs = tuple(x.to(model.mean.device) for x in inputs)
-    program = torch.export.export(model, inputs, dynamic_shapes=(B, B), strict=True)
+    program = torch.export.export(model.cpu(), inputs, dynamic_shapes=(B, B), strict=True)
     write_whole(Path(path), lambda file: torch.export.save(program, file))
 
 def benchmark(model: DCRIS, dataset: Dataset, args: argparse.Namespace) -> dict:
@@ -288,18 +285,20 @@ def segment_photos(model: DCRIS, args: argparse.Namespace) -> None:
 def main(argv: list[str] | None = None) -> None:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, default in dict(checkpoint="out/best.pt", compare=[], split="val", dataset="", data_root="",
-                              shuffle_text=False, bf16=False, batch_size=32, workers=0, device="auto",
+                              shuffle_text=False, bf16=False, batch_size=32, device="auto", weights="",
                               json="", per_sentence="", panels="", image=[], text=[], out="mask.png",
-                              export="", benchmark=0).items():
+                              export="", benchmark=0, workers=min(4, (os.cpu_count() or 1) - 1)).items():
         kind = {list: dict(nargs="+"), bool: dict(action=argparse.BooleanOptionalAction)}.get(type(default))
         p.add_argument(f"--{name}", default=default, help=f"{default}", **(kind or dict(type=type(default))))
     p.add_argument("--threshold", type=float, help="of the probability; default: the rule's own")
     args = p.parse_args(argv)
     if bool(args.image) != bool(args.text) or args.batch_size < 1 or not 0 <= (args.threshold or 0) < 1:
         p.error("--image and --text go together, --batch_size is 1 or more, --threshold from 0 to below 1")
+    if Path(args.out).suffix != ".png" or args.out in args.image or not all(map(str.strip, args.text)):
+        p.error("--out is a .png and none of --image; no --text is empty")
     rank, world, device = start_processes(args.device)
-    files = {x: download(RELEASES[x][0]) if x in RELEASES else x for x in args.compare or [args.checkpoint]}
-    models = {path: load_model(file, device) for path, file in files.items()}
+    files = {x: fetched(x) for x in args.compare or [args.checkpoint]}
+    models = {path: load_model(file, device, args.weights) for path, file in files.items()}
     digests = {path: hashlib.sha256(Path(file).read_bytes()).hexdigest() for path, file in files.items()}
     model, reports, sentences, cases = next(iter(models.values())), [], [], []
     name, root = args.dataset or model.config.dataset, args.data_root or model.config.data_root
@@ -309,8 +308,9 @@ def main(argv: list[str] | None = None) -> None:
         return segment_photos(model, args)
     if args.benchmark:
         return print(json.dumps(benchmark(model, open_dataset(name, args.split, root), args)))
-    for split in PAPER.get(name, {"val": ()}) if args.split == "all" else [args.split]:
-        dataset = open_dataset(name, split, root)
+    every = [x for x in SHAPES if x != "train"] if name.startswith("shapes") else PAPER.get(name, ["val"])
+    splits = every if args.split == "all" else [args.split]
+    for split, dataset in [(x, open_dataset(name, x, root)) for x in splits]:     # all, before any is scored
         for path, model in models.items():
             rows, started = [], time.time()
             scores = evaluate(model, dataset, args.batch_size, args.workers, args.shuffle_text,
@@ -337,4 +337,4 @@ if __name__ == "__main__":
     try:
         main()
     except (ValueError, OSError, KeyboardInterrupt) as error:
-        sys.exit(f"evaluate.py: {str(error) or 'stopped'}")
+        sys.exit("evaluate.py: " + (re.sub(LOADER, "", str(error)).strip() or "stopped"))

@@ -109,7 +109,7 @@ class Config:
 CHOICES = {"pos_resize": ("dinov2", "detris"), "mask_rule": ("aligned", "detris"),
            "text_adapter": ("plain", "dense"), "schedule": ("step", "cosine"),
            "method": tuple(METHODS), "table": (0, 2, 3, 4, 5)}
-BELOW = dict(dropout=1, warmup=1) | dict.fromkeys(("lr", "clip", "workers", "save_minutes"), math.inf)
+BELOW = dict(dropout=1, warmup=1) | dict.fromkeys(("lr", "clip", "workers", "save_minutes", "seed"), math.inf)
 MULTIPLES = dict(vision_width=("vision_heads", 4), text_width=("text_heads",), head_width=("head_heads", 4),
                  image_size=("patch_size",)) | dict.fromkeys((                      # (): of 1
     "vision_heads text_heads head_heads patch_size vision_depth text_depth decoder_depth decoder_ffn "
@@ -129,6 +129,10 @@ PRESETS = {                            # differences from the defaults, nothing 
     "detris_b": dict(pos_resize="detris", text_adapter="dense", mask_rule="detris", epochs=65,
                      lr_steps=(35, 55)),
 }
+PAPER = {                              # data set, split -> mIoU of dcris_b and dcris_l in the paper's Table 1
+    "refcoco": dict(val=(76.4, 77.9), testA=(77.9, 79.0), testB=(73.7, 75.0)),
+    "refcoco+": dict(val=(69.8, 71.9), testA=(74.4, 75.9), testB=(62.6, 65.7)),
+    "refcocog_umd": dict(val=(68.4, 70.1), test=(68.5, 70.9)), "refcocog_google": dict(val=(65.9, 68.5))}
 
 def parse_config(argv: list[str] | None = None, saved: dict | None = None) -> Config:
     """Defaults < preset, or a checkpoint's saved config < flags. A wrong flag or value exits with 2."""
@@ -170,8 +174,7 @@ class VisionBlock(nn.Module):
 class VisionTransformer(nn.Module):
     """DINOv2 ViT. image (P, 3, H, W) normalised, words (B, L, D) -> three taps, each (B, C, h, w).
     photo (B,) says which of the P images each pair shows; None: P = B, in order. Whatever comes before the
-    first adapter knows no words, so it runs once a photo, and pairs part only there.
-    """
+    first adapter knows no words, so it runs once a photo, and pairs part only there."""
     def __init__(self, cfg: Config):
         super().__init__()
         C, side = cfg.vision_width, cfg.image_size // cfg.patch_size
@@ -380,8 +383,7 @@ class Projector(nn.Module):
 
 class DCRIS(nn.Module):
     """The whole model. image (P, 3, H, W) uint8 0 ... 255, or float already normalised; tokens (T, L) int64
-    with 0 for padding; photo, phrase (B,): each pair's rows there, or None -> logits (B, 1, 4h, 4w) float32.
-    """
+    with 0 for padding; photo, phrase (B,): each pair's rows there, or None -> float32 (B, 1, 4h, 4w)."""
     def __init__(self, config: Config):
         super().__init__()
         self.config = config
@@ -418,10 +420,8 @@ class DCRIS(nn.Module):
 
 def contrastive_loss(logits: Tensor, mask: Tensor, rule: str = "aligned") -> Tensor:
     """Text-to-pixel contrastive loss (paper, Eq. 6): cross-entropy of sigma(F_c . F_l), mean over pixels.
-
     logits (B, 1, 4h, 4w) float32; mask (B, 1, H, W) in [0, 1], brought to the logits' grid by the rule:
-    aligned, the exact area average; detris, the nearest pixel. Returns a scalar in nats.
-    """
+    aligned, the exact area average; detris, the nearest pixel. Returns a scalar in nats."""
     if rule == "detris":
         mask = F.interpolate(mask, logits.shape[2:], mode="nearest")
     else:

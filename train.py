@@ -14,6 +14,7 @@ import json
 import math
 import os
 import platform
+import re
 import signal
 import sys
 import time
@@ -30,7 +31,8 @@ from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
 
 from data import Dataset, cache_photos, letterbox_mask, open_dataset, read_file
-from evaluate import draw_panels, evaluate, ignore_signals, precision, showcase, start_processes, table
+from evaluate import (LOADER, draw_panels, evaluate, ignore_signals, precision, showcase, start_processes,
+                      table)
 from model import DCRIS, Config, contrastive_loss, parse_config
 from weights import (load_encoders, load_trained, read_checkpoint, save_checkpoint, save_image, tokenizer_for,
                      write_whole)
@@ -39,7 +41,8 @@ LOG_EVERY = 25                                            # steps
 RUNS = ((40, 90, 200), (220, 80, 30), (30, 140, 70), (150, 60, 170), (90, 90, 90))      # a colour a run
 ADVICE = {                                                # what torch's error holds -> what to do about it
     "to allocate": "lower --batch_size, or reach it in parts with --accumulate 2, 4, ...",
-    " by peer": "another process ended first: its own message says why; go on with --resume",
+    " peer": "another process ended first: its own message says why; go on with --resume",
+    "Permission denied": "get the right to it, or choose another folder: --out, --cache",
     "DataLoader worker": "a loader process was killed, mostly for memory: set fewer --workers, or 0"}
 LAYERS = ("8", "6 11", "4 8 11", "3 6 9 11", "3 5 7 9 11", "1 3 5 7 9 11", "1 3 5 7 9 10 11",
           "1 3 4 5 7 9 10 11", "0 1 2 3 4 5 6 7 8 9 10 11")       # Table 5's
@@ -71,11 +74,9 @@ def print_table(number: int) -> None:
 
 class TrainBatches(torch.utils.data.Dataset):
     """Training batches by number, cfg.accumulate to a step; each is a function of seed and number alone.
-
     They read one endless stream: epoch after epoch, each object once an epoch, in a new order, with one of
     its sentences drawn at random. Groups that share a photo stay whole. Process `rank` of `world` gets its
-    slice of every batch. Adds mask, uint8 (B, 1, size, size).
-    """
+    slice of every batch. Adds mask, uint8 (B, 1, size, size)."""
     def __init__(self, dataset: Dataset, cfg: Config, rank: int = 0, world: int = 1):
         self.dataset, self.cfg, self.rank, self.world = dataset, cfg, rank, world
         self.tokenizer, unit = tokenizer_for(cfg), world * cfg.accumulate * dataset.per_photo
@@ -122,19 +123,17 @@ def read_values(unread: list[Tensor], step: int, lr: float, batches: TrainBatche
             ids = [batches.dataset.object_id(i) for part in range(cfg.accumulate)
                    for i, _ in whole.pairs(at * cfg.accumulate + part)]
             raise ValueError(f"step {at + 1}: loss {loss}, gradient {norm}, learning rate {lr:.2e}; lower "
-                             f"--lr or set --clip, and --resume {cfg.out}/last.pt. The step's objects: {ids}")
+                             f"--lr or set --clip; --resume {cfg.out}/last.pt, if there. Objects: {ids}")
     return values
 
 def train_step(model: nn.Module, optimizer: torch.optim.Optimizer, parts: list[dict], cfg: Config,
                device: torch.device) -> Tensor:
     """One update from the gradients of all parts; processes average theirs in the last one's backward pass.
-
-    Returns (2,): loss and gradient norm before clipping, on the device, not waited for.
-    """
+    Returns (2,): loss and gradient norm before clipping, on the device, not waited for."""
     optimizer.zero_grad(set_to_none=True)
-    losses, alone = [], getattr(model, "no_sync", contextlib.nullcontext)
+    losses, alone, pinned = [], getattr(model, "no_sync", contextlib.nullcontext), device.type == "cuda"
     for batch in parts:
-        batch = {k: v.to(device, non_blocking=True) for k, v in batch.items() if isinstance(v, Tensor)}
+        batch = {k: v.to(device, non_blocking=pinned) for k, v in batch.items() if isinstance(v, Tensor)}
         with contextlib.nullcontext() if len(losses) == len(parts) - 1 else alone():
             with precision(cfg.bf16, device):
                 logits = model(batch["image"], batch["tokens"], batch.get("photo"))
@@ -186,7 +185,7 @@ def draw_curves(logs: list[str | Path], path: str | Path) -> None:
     runs = [read_file(x, lambda file: [*map(json.loads, file)], "run python train.py") for x in logs]
     sheet, font = Image.new("RGB", (960, 390 + 20 * len(logs)), "white"), ImageFont.load_default(13)
     draw = ImageDraw.Draw(sheet)
-    for left, key, title in ((70, "loss", "training loss, nats, by step"), (550, "mIoU", "mIoU on val")):
+    for left, key, title in ((70, "loss", "training loss, nats, by step"), (550, "mIoU", "val mIoU by step")):
         curves = [[(line["step"], line[key]) for line in run if key in line] for run in runs]
         right, top = np.max([(5, 1e-3), *(point for curve in curves for point in curve)], axis=0)
         unit = 10 ** math.floor(math.log10(top))
@@ -197,9 +196,9 @@ def draw_curves(logs: list[str | Path], path: str | Path) -> None:
             draw.line((at(0, k / 5 * top), at(right, k / 5 * top)), "gainsboro")
             draw.text(at(0, k / 5 * top), f"{k / 5 * top:.3g}  ", "gray", font, anchor="rm")
             draw.text((left + 78 * k, 346), f"{k / 5 * right:.0f}", "gray", font, anchor="ma")
-        for curve, colour in zip(curves, RUNS):
+        for curve, colour in zip(curves, RUNS * len(logs)):
             draw.line([at(*point) for point in curve], colour, 2, joint="curve")
-    for k, (log, colour) in enumerate(zip(logs, RUNS)):
+    for k, (log, colour) in enumerate(zip(logs, RUNS * len(logs))):
         draw.text((70, 380 + 20 * k), str(log), colour, font)
     save_image(sheet, path)
 
@@ -215,22 +214,20 @@ def main(argv: list[str] | None = None) -> None:
     torch.manual_seed(cfg.seed)
     raw = DCRIS(cfg)
     load_trained(raw, saved) if saved else load_encoders(raw)
-    if world > 1 and device.type == "cuda":               # ConvBN does as much on CPUs
-        raw = nn.SyncBatchNorm.convert_sync_batchnorm(raw)
     raw.to(device, memory_format=torch.channels_last).train()
-    say("parameters: " + ", ".join(f"{name} {n:,}" for name, n in raw.parameter_counts().items()))
     model = torch.compile(raw) if cfg.compile else raw
-    model = DistributedDataParallel(model) if world > 1 else model
+    model = DistributedDataParallel(model, broadcast_buffers=False) if world > 1 else model     # equal anyway
     trained = [p for p in raw.parameters() if p.requires_grad]
     optimizer = torch.optim.Adam(trained, cfg.lr, fused=device.type in ("cpu", "cuda"))
     if cfg.benchmark:
         return say(json.dumps(benchmark(cfg, raw, model, optimizer, device)))
 
+    say("parameters: " + ", ".join(f"{name} {n:,}" for name, n in raw.parameter_counts().items()))
     train_set, val_set = (open_dataset(cfg.dataset, split, cfg.data_root, cfg.seed, cfg.mix_leaky)
                           for split in ("train", "val"))
     if cfg.cache:
         cache_photos(train_set, cfg.cache, cfg.image_size, cfg.mask_rule)
-    batches, parts = TrainBatches(train_set, cfg, rank, world), cfg.accumulate
+    batches = TrainBatches(train_set, cfg, rank, world)
     epoch_ends = [math.ceil(e * len(train_set) / cfg.batch_size) for e in range(1, cfg.epochs + 1)]
     if saved and not saved["optimizer"] and Path(cfg.resume).resolve().parent == Path(cfg.out).resolve():
         raise ValueError(f"{cfg.resume} holds no optimizer, so a run from it begins anew: give another --out")
@@ -244,9 +241,9 @@ def main(argv: list[str] | None = None) -> None:
     asked = []                                            # SIGTERM or Ctrl-C: finish the step, save, leave
     for sent in (signal.SIGTERM, signal.SIGINT):
         signal.signal(sent, lambda *_: asked.append("stop"))
-    loader = iter(DataLoader(batches, batch_size=None, sampler=range(step * parts, total * parts),
-                             num_workers=cfg.workers, prefetch_factor=4 if cfg.workers else None,
-                             pin_memory=device.type == "cuda", worker_init_fn=ignore_signals))
+    loader = DataLoader(batches, None, sampler=range(step * cfg.accumulate, total * cfg.accumulate),
+                        num_workers=cfg.workers, prefetch_factor=4 if cfg.workers else None,
+                        pin_memory=device.type == "cuda", worker_init_fn=ignore_signals)
     out = Path(cfg.out)
     out.mkdir(parents=True, exist_ok=True)
     path, read = out / "log.jsonl", step - len(unread)    # a killed run may have gone on for some lines
@@ -255,21 +252,22 @@ def main(argv: list[str] | None = None) -> None:
         known = [line + b"\n" for line in lines if json.loads(line)["step"] <= read]
         write_whole(path, lambda file: file.writelines(known))
     log = open(path if rank == 0 else os.devnull, "a", buffering=1)     # a line at a time
-    validate = lambda keep: evaluate(raw, val_set, workers=cfg.workers, rank=rank, world=world, keep=keep)
+    validate = lambda keep: evaluate(raw, val_set, workers=cfg.workers, rank=rank, world=world, keep=keep,
+                                     bf16=cfg.bf16 and device.type == "cuda")        # CPUs: as evaluate.py
     live = sys.stdout.isatty()                            # a terminal: one line, written over and over
     say(f"{cfg.dataset}: {len(train_set)} objects an epoch, {total - step} steps of {cfg.batch_size} pairs "
         f"over {world} process{'es' * (world > 1)} on {device}; {len(val_set)} objects to validate on")
 
     started, first, kept = time.time(), step, time.time()
-    while step < total:
+    for parts in zip(*cfg.accumulate * [iter(loader)]):
         lr = cfg.lr * lr_factor(cfg, step / total)
         for group in optimizer.param_groups:
             group["lr"] = lr
         torch.manual_seed((cfg.seed * total + step) * world + rank)    # dropout, the same after a resume
-        unread.append(train_step(model, optimizer, [next(loader) for _ in range(parts)], cfg, device))
+        unread.append(train_step(model, optimizer, parts, cfg, device))
         step += 1
         ends = step in epoch_ends
-        shown = len(unread) - (not ends)                  # a step late: nobody waits for the one under way
+        shown = len(unread) - (not ends)                  # a step late
         if shown and (ends or (step - 1) % LOG_EVERY == 0):
             at = step - (not ends)
             values, unread = read_values(unread[:shown], at, lr, batches), unread[shown:]
@@ -311,10 +309,10 @@ def main(argv: list[str] | None = None) -> None:
 if __name__ == "__main__":
     try:
         main()
-    except (ValueError, OSError, KeyboardInterrupt) as error:
-        sys.exit(f"train.py: {str(error) or 'stopped'}")
-    except RuntimeError as error:                         # torch's own; what it does not name is our fault
-        advice = [text for words, text in ADVICE.items() if words in str(error)]
-        if not advice:
+    except (ValueError, OSError, RuntimeError, KeyboardInterrupt) as error:
+        said = re.sub(LOADER, "", str(error)).strip() or "stopped"
+        advice = [text for words, text in ADVICE.items() if words in said]
+        if isinstance(error, RuntimeError) and not advice:            # torch's own: our fault, if unknown
             raise
-        sys.exit(f"train.py: {str(error).splitlines()[0]}\n{advice[0]}")
+        said = said.partition("\n")[0] if advice else said            # torch adds its own stack
+        sys.exit("\n".join([f"train.py: {said}", *advice]))

@@ -108,6 +108,10 @@ def download(name: str, root: str | Path = "weights") -> Path:
     raise OSError(f"{path} could not be fetched:{''.join(failures.values())}\nOpen {folders[0]}{path.name} "
                   f"elsewhere, save it as {path}, and run this again: it checks the hash, {digest}")
 
+def fetched(name: str | Path) -> str | Path:
+    """The file of a release by its name, downloaded with what it needs; any other path as it is."""
+    return [*map(download, RELEASES[name])][0] if name in RELEASES else name
+
 def append(url: str, part, have: int, size: int | None) -> None:
     """Of url what the open file part lacks. RequestException: try again; ValueError: this is not the file."""
     ask = {"Accept-Encoding": "identity", "Range": f"bytes={have}-"}  # packed, it could not be resumed
@@ -271,7 +275,7 @@ def tokenizer_for(cfg: Config) -> Tokenizer:
 
 def released(model: DCRIS) -> dict:
     """What a checkpoint leaves out: frozen parameters, if they came from released files."""
-    whole = model.config.weights == "none" or model.config.method == "full"
+    whole = model.config.weights == "none" or model.config.method == "full" or getattr(model, "whole", False)
     return {k: p for k, p in model.named_parameters() if not (whole or p.requires_grad)}
 
 def save_checkpoint(path: str | Path, model: DCRIS, *, optimizer=None, step=0, best=0.0, unread=()) -> None:
@@ -284,8 +288,7 @@ def save_checkpoint(path: str | Path, model: DCRIS, *, optimizer=None, step=0, b
 
 def read_checkpoint(path: str | Path) -> dict:
     """What save_checkpoint wrote, on the CPU, or an authors' file or release in that form; or ValueError."""
-    path = download(RELEASES[path][0]) if path in RELEASES else path
-    if fault(path, None):
+    if fault(path := fetched(path), None):
         raise FileNotFoundError(f"{path} is missing; run python train.py or name one of {' '.join(RELEASES)}")
     saved = read_tensors(path)
     if "neck.sentence.weight" in (state := from_detris(saved.get("state_dict", {}))):
@@ -299,9 +302,10 @@ def read_checkpoint(path: str | Path) -> dict:
 
 def load_trained(model: DCRIS, saved: dict) -> None:
     """What a checkpoint holds, over the released encoders where it leaves them out."""
-    if released(model).keys() - saved["model"].keys():    # an authors' file has the encoders in it
+    if lacking := released(model).keys() - saved["model"].keys():
         load_encoders(model)
     load_checked(model, released(model) | saved["model"])
+    model.whole = not lacking         # an authors' file has the encoders in it; so will what comes of it
 
 @torch.no_grad()
 def merge_lora(model: nn.Module) -> None:
@@ -314,10 +318,10 @@ def merge_lora(model: nn.Module) -> None:
     plain = dict(method="full", visual_layers=(), visual_rank=0, text_layers=(), text_rank=0)
     model.config = Config(**vars(model.config) | plain)
 
-def load_model(path_or_name: str | Path, device: str = "cpu") -> DCRIS:
-    """A model in eval mode, from our checkpoint, an authors' file, or a release's name (detris_b_refcoco)."""
+def load_model(path_or_name: str | Path, device: str = "cpu", weights: str = "") -> DCRIS:
+    """A model in eval mode, of a checkpoint or a release's name; weights: the encoders' folder, if moved."""
     saved = read_checkpoint(path_or_name)
-    model = DCRIS(Config(**saved["config"]))
+    model = DCRIS(Config(**saved["config"] | ({"weights": weights} if weights else {})))
     load_trained(model, saved)
     return model.to(device).eval()                        # dropout off, BatchNorm by its averages
 
