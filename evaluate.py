@@ -50,7 +50,7 @@ def ignore_signals(worker: int) -> None:                  # in loaders: what all
 
 @atexit.register
 def end_loaders() -> None:                                # Python would send them SIGTERM and wait
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)         # torch calls a killed loader an error
+    signal.signal(getattr(signal, "SIGCHLD", signal.SIGTERM), signal.SIG_DFL)    # or torch makes it an error
     for loader in multiprocessing.active_children():
         loader.kill()
 
