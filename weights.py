@@ -326,8 +326,7 @@ def load_model(path_or_name: str | Path, device: str = "cpu", weights: str = "")
     return model.to(device).eval()                        # dropout off, BatchNorm by its averages
 
 def main(argv: list[str] | None = None) -> None:
-    """Exit status 0: done; 1: a file could not be had, or is damaged; 2: there is no such name."""
-    p = argparse.ArgumentParser(description="List, fetch and check the released files.")
+    p = argparse.ArgumentParser(description="List, fetch, check the released files; exit 1: one is not to be had")
     p.add_argument("names", nargs="*", help="none: the list of all files; else " + " ".join(NEEDS))
     p.add_argument("--weights", default="weights", help="folder of the weights")
     p.add_argument("--data_root", default="data", help="folder of the data (*.zip)")
@@ -344,6 +343,7 @@ def main(argv: list[str] | None = None) -> None:
         p.exit(1, f"{str(why) or 'stopped; what came is kept, the same command goes on from there'}\n")
     for name, (size, licence, _, digest) in ({} if args.names else FILES).items():
         state = fault(path := Path(root(name), name), size, digest) or "present"    # reads it through
+        state = "unpacked" if state == "missing" and path.with_suffix("").is_dir() else state
         print(f"{size or '?':>11}  {licence:<14}  {path}: {state}", flush=True)
 
 if __name__ == "__main__":
