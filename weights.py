@@ -326,7 +326,7 @@ def load_model(path_or_name: str | Path, device: str = "cpu", weights: str = "")
     return model.to(device).eval()                        # dropout off, BatchNorm by its averages
 
 def main(argv: list[str] | None = None) -> None:
-    p = argparse.ArgumentParser(description="List, fetch, check the released files; exit 1: one is not to be had")
+    p = argparse.ArgumentParser(description="List, fetch, check released files; exit 1: one is missing")
     p.add_argument("names", nargs="*", help="none: the list of all files; else " + " ".join(NEEDS))
     p.add_argument("--weights", default="weights", help="folder of the weights")
     p.add_argument("--data_root", default="data", help="folder of the data (*.zip)")
