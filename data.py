@@ -163,7 +163,7 @@ def read_mask(mask, height: int, width: int) -> np.ndarray:
     """Path of a PNG, or COCO's segmentation -> bool (H, W). In a PNG all that is not black is the object."""
     if not isinstance(mask, str):
         return segmentation_to_mask(mask, height, width)
-    image = read_file(mask, lambda f: Image.open(f).copy(), "export it again")
+    image = read_file(mask, lambda f: Image.open(f, formats=("PNG", "TIFF")).copy(), "export it as PNG")
     pixels = np.atleast_3d(image if len(image.getbands()) == 1 else image.convert("RGBA"))  # entry 0 is black
     return (pixels[..., :3] != 0).any(-1) & (pixels[..., -1] != 0)            # and so is what is clear
 

@@ -336,5 +336,5 @@ def main(argv: list[str] | None = None) -> None:
 if __name__ == "__main__":
     try:
         main()
-    except (ValueError, OSError, KeyboardInterrupt) as error:
+    except (ValueError, OSError, KeyboardInterrupt, torch.OutOfMemoryError) as error:
         sys.exit("evaluate.py: " + (re.sub(LOADER, "", str(error)).strip() or "stopped"))
