@@ -267,7 +267,7 @@ def main(argv: list[str] | None = None) -> None:
         unread.append(train_step(model, optimizer, parts, cfg, device))
         step += 1
         ends = step in epoch_ends
-        shown = len(unread) - (not ends)                  # a step late
+        shown = len(unread) - (not ends)                  # logged a step late
         if shown and (ends or (step - 1) % LOG_EVERY == 0):
             at = step - (not ends)
             values, unread = read_values(unread[:shown], at, lr, batches), unread[shown:]
