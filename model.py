@@ -1,430 +1,896 @@
-"""DCRIS: a phrase and a photo in, the logits of a mask out (paper, Figure 1).
+"""DCRIS: a photo and a phrase go in, the logits of a mask come out (paper, Figure 1).
 
-    words, sentence = text(tokens)            CLIP text transformer, TextAdapter beside some MLPs      Eq. 3
-    taps            = vision(image, words)    DINOv2 ViT, DenseCrossAdapter beside some MLPs           Eq. 1-2
-    fused           = neck(taps, sentence)    three levels gated by the sentence, merged, placed       Eq. 4
-    fused           = decoder(fused, words)   self-attention, attention to the words, MLP, three times
-    logits          = projector(fused, sentence)   x4 larger, then a 3x3 kernel made from the sentence Eq. 5
-    loss            = contrastive_loss(logits, mask)                                                   Eq. 6
-Axes: B image-sentence pairs, P photos (P = B unless pairs share photos), H, W pixels, h, w patches, N = h*w,
-S = 1 + R + N image tokens with R registers, L text tokens, C image width, D text width, d head width.
+    words, sentence = text(tokens)            CLIP's text transformer, TextAdapters         Eq. 3
+    taps = vision(image, words)               DINOv2's ViT, DenseCrossAdapters              Eq. 1, 2
+    fused = neck(taps, sentence)              three levels, multiplied by the sentence      Eq. 4
+    fused = decoder(fused, words)             three layers: patches look at the words
+    logits = projector(fused, sentence)       4 x larger, then a kernel of the sentence     Eq. 5
+    loss = contrastive_loss(logits, mask)                                                   Eq. 6
+
+Once through DCRIS-B in numbers, for B pairs:
+
+    image (B, 3, 448, 448): 448 / 14 = 32, so 32 x 32 patches, N = 1,024
+    image tokens (B, 1029, 768): S = 1 class token + 4 registers + 1,024 patches, C = 768
+    tokens (B, 17) -> words (B, 17, 512) and sentence (B, 512): L = 17, D = 512
+    DenseCrossAdapter: 768 -> r = 128 -> branches of 64, 32 and 32 channels -> 768. Of its 382,896
+        parameters, down and up hold 52 %, cross attention 43 %, the dense convolutions 5 %
+    taps: patches after blocks 4, 8 and 11 (counted from 0), each (B, 768, 32, 32)
+    neck and decoder (B, 512, 32, 32); F_c (B, 256, 128, 128)
+    F_l (B, 2305): a 3 x 3 kernel over 256 channels, 9 * 256 numbers, and one bias
+    logits (B, 1, 128, 128)
+
+Axes: B pairs; H, W pixels; h, w patch grid; N = h * w; S image tokens; L text tokens; C image
+width; D text width; d head width; R registers.
 """
+
 import argparse
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from adapters import (METHODS, Attention, ConvBN, DenseCrossAdapter, HypercomplexLinear, QuickGELU,
-                      VisionAttention, attach, mlp, run_in_step, sine_positions, square_positions)
+from adapters import (
+    Attention,
+    ConvBN,
+    VisionAttention,
+    adapter_keys,
+    add_adapters,
+    etris_bridges,
+    sine_positions,
+    square_positions,
+)
 
-ADAPTER_SCALE = 0.2                                       # weight of an adapter beside its MLP, as released
-MEAN = (0.48145466, 0.4578275, 0.40821073)                # CLIP's, for DINOv2 too, as released
+# The authors' code feeds DINOv2 with CLIP's mean and deviation too; the paper does not say.
+MEAN = (0.48145466, 0.4578275, 0.40821073)
 STD = (0.26862954, 0.26130258, 0.27577711)
+ADAPTER_SCALE = 0.2  # weight of an adapter beside its MLP, from the authors' code
+
+
+# ---- configuration ----
+
+
+def option(default, sentence: str):
+    """A field of Config. The sentence is what --help prints."""
+    return field(default=default, metadata={"help": sentence})
+
 
 @dataclass
 class Config:
-    """Every dial; the command line's flags are these fields. Defaults: DCRIS-B of the paper."""
+    """Everything that can be set; the command line's flags are these fields.
+
+    The defaults are the paper's DCRIS-B. A value out of range raises ValueError with its flag.
+    """
+
     # image encoder
-    vision_width: int = 768            # C
-    vision_depth: int = 12             # blocks
-    vision_heads: int = 12
-    patch_size: int = 14               # pixels
-    registers: int = 4                 # R
-    pos_grid: int = 37                 # side of the released position table, patches
-    pos_resize: str = "dinov2"         # dinov2: antialias, by size; detris: no antialias, by factor with +0.1
-    image_size: int = 448              # side of the square input, pixels
-    taps: tuple = (4, 8)               # blocks whose patches feed the neck, 0-based; the last one always does
-    visual_layers: tuple = (-1,)       # blocks with adapters, 0-based; -1: the method's own (METHODS)
-    visual_rank: int = 0               # their reduced width r; 0: the method's own
+    vision_width: int = option(768, "width C of the image encoder, in channels")
+    vision_depth: int = option(12, "blocks of the image encoder")
+    vision_heads: int = option(12, "attention heads of the image encoder")
+    patch_size: int = option(14, "side of a patch, in pixels")
+    registers: int = option(4, "register tokens R of the image encoder")
+    pos_grid: int = option(37, "side of the image encoder's stored position table, in patches")
+    pos_resize: str = option(
+        "dinov2", "how that table is resized: dinov2 (antialiased) or detris (the authors' release)"
+    )
+    image_size: int = option(448, "side of the square that photos are letterboxed into, in pixels")
+    taps: tuple = option(
+        (4, 8), "two blocks, from 0, whose patches feed the neck; the last block always does"
+    )
+    visual_layers: tuple = option(
+        (1, 3, 5, 7, 9, 11), "blocks of the image encoder, from 0, that get adapters"
+    )
+    visual_rank: int = option(128, "reduced width r of the adapters in the image encoder")
+
     # text encoder
-    text_width: int = 512              # D, of words and sentence
-    text_depth: int = 12
-    text_heads: int = 8
-    vocab_size: int = 49408            # CLIP's byte pairs; with --weights none one id a word, any number
-    context: int = 77                  # length of the released position table, tokens
-    text_length: int = 17              # L, start and end tokens included
-    text_layers: tuple = (-1,)         # as for the image
-    text_rank: int = 0
-    text_adapter: str = "plain"        # plain: Eq. 3; dense: the authors' release
+    text_width: int = option(512, "width D of words and sentence, in channels")
+    text_depth: int = option(12, "blocks of the text encoder")
+    text_heads: int = option(8, "attention heads of the text encoder")
+    vocab_size: int = option(49408, "number of token ids; 49408 with CLIP's vocabulary")
+    context: int = option(77, "length of the text encoder's stored position table, in tokens")
+    # The paper gives no length; 17 is the authors' code's, as is the cutting of longer phrases.
+    text_length: int = option(17, "tokens L of a phrase with start and end; longer ones are cut")
+    text_layers: tuple = option(
+        (1, 3, 5, 7, 9, 11), "blocks of the text encoder, from 0, that get adapters"
+    )
+    text_rank: int = option(64, "reduced width of the adapters in the text encoder")
+    text_adapter: str = option("plain", "plain (the paper's Eq. 3) or dense (the authors' release)")
+
     # head
-    head_width: int = 512              # d, of neck and decoder; the projector's kernel reads d/2 channels
-    head_heads: int = 8
-    decoder_depth: int = 3
-    decoder_ffn: int = 512
-    dropout: float = 0.1               # decoder, and attention weights in decoder and adapters
-    calm_start: bool = False           # begin as "all background": kernel head x0.1, its bias -3
-    mask_rule: str = "aligned"         # how masks change size: aligned (ours) or detris (the release's)
-    method: str = "dcris"              # dcris lora adapter compacter etris; frozen: just the head; full: all
+    head_width: int = option(512, "width d of neck and decoder; the projector ends with d / 2")
+    head_heads: int = option(8, "attention heads of neck and decoder")
+    decoder_depth: int = option(3, "layers of the decoder")
+    decoder_ffn: int = option(512, "inner width of the decoder's MLPs")
+    dropout: float = option(0.1, "dropout in the decoder and in the adapters' attention")
+    calm_start: bool = option(False, "start with logits of about -3, as if all were background")
+    mask_rule: str = option(
+        "aligned", "how masks change size: aligned (pixel centres) or detris (the authors' release)"
+    )
+    method: str = option("dcris", "what trains in the encoders: a row of the paper's Table 2")
+
+    # data
+    dataset: str = option("refcoco", "name of a data set, or the path of a .jsonl file of your own")
+    data_root: str = option("data", "folder of RefCOCO's annotations and COCO's photos")
+    mix_leaky: bool = option(False, "let mix train on photos of val and test splits too")
+    cache: str = option("", "folder for letterboxed photos in one file, which loads faster")
+    weights: str = option(
+        "weights", "folder of the released encoders, a .pt file of ours, or none (start at random)"
+    )
+
     # training
-    dataset: str = "refcoco"           # a name that data.open_dataset knows, or the path of a .jsonl
-    data_root: str = "data"
-    mix_leaky: bool = False            # mix: keep photos that are in a val or test split, as released
-    cache: str = ""                    # folder for letterboxed photos in one file, so that loading is fast
-    weights: str = "weights"           # folder of released encoders; or a .pt of ours; none: at random
-    batch_size: int = 32               # pairs a step, over all processes
-    accumulate: int = 1                # parts that a step's batch is computed in, for small memories
-    epochs: int = 50
-    lr: float = 1e-4                   # peak, Adam
-    schedule: str = "step"             # step: x0.1 after each of lr_steps; cosine: to 0
-    lr_steps: tuple = (35,)            # epochs
-    warmup: float = 0.0                # share of the run over which lr climbs from 0
-    clip: float = 0.0                  # largest gradient norm; 0: no clipping
-    seed: int = 0
-    workers: int = 4                   # loader processes
-    compile: bool = True               # torch.compile the model
-    bf16: bool = True                  # autocast to bfloat16
-    device: str = "auto"               # auto: cuda, else mps, else cpu
-    out: str = "out"                   # folder of checkpoints, log and pictures
-    save_minutes: float = 10.0         # last.pt is written this often, and after each epoch
-    resume: str = ""                   # a last.pt to go on from
-    table: int = 0                     # 2, 3, 4, 5: print the rows of that table of the paper, stop
-    benchmark: int = 0                 # N: time N steps on random data, print one JSON line, stop
+    batch_size: int = option(32, "pairs of one step, over all processes")
+    accumulate: int = option(1, "parts that a step is computed in, for small memories")
+    epochs: int = option(50, "epochs; one shows every object once, with one of its phrases")
+    lr: float = option(1e-4, "largest learning rate of Adam")
+    schedule: str = option("step", "step (times 0.1 at lr_steps) or cosine (down to 0)")
+    lr_steps: tuple = option((35,), "epochs after which the learning rate is multiplied by 0.1")
+    warmup: float = option(0.0, "share of the run in which the learning rate climbs from 0")
+    clip: float = option(0.0, "largest gradient norm; 0 does not clip")
+    seed: int = option(0, "seed of weights, batches and dropout")
+    workers: int = option(4, "processes that load photos")
+    compile: bool = option(True, "compile the model with torch.compile")
+    bf16: bool = option(True, "compute in bfloat16 where autocast allows it")
+    device: str = option("auto", "cuda, cuda:1, mps, cpu; auto takes the first that is there")
+    out: str = option("out", "folder for checkpoints, log and pictures")
+    save_minutes: float = option(10.0, "minutes between two writings of last.pt inside an epoch")
+    resume: str = option("", "checkpoint to go on from, such as out/last.pt")
+
+    # instead of training
+    table: int = option(0, "print the rows of this table of the paper (2, 3, 4, 5) and stop")
+    benchmark: int = option(0, "time this many steps on random data, print one JSON line and stop")
 
     def __post_init__(self):
-        at = lambda name: getattr(self, name)
-        vars(self).update({f.name: tuple(at(f.name)) for f in fields(self) if f.type is tuple})  # of lists
-        *owns, unit = METHODS.get(self.method, METHODS["dcris"])
-        for name, own in zip(("visual_layers", "visual_rank", "text_layers", "text_rank"), owns):
-            if at(name) in ((-1,), 0) or self.method == "frozen":
-                setattr(self, name, own)
-        good = {name: (at(name) in some, f"one of {some}") for name, some in CHOICES.items()}
-        for name, of in (MULTIPLES | dict(visual_rank=(unit,), text_rank=(unit,))).items():
-            unit = math.prod(max(1, at(f)) if type(f) is str else f for f in of)
-            good[name] = at(name) > 0 and at(name) % unit == 0, f"a positive multiple of {unit}"
-        number = dict(taps=2) | ({"text_layers": len(self.visual_layers)} if self.method == "etris" else {})
-        for name, depth in (("visual_layers", self.vision_depth), ("text_layers", self.text_depth),
-                            ("taps", self.vision_depth - 1)):
-            rising = list(at(name)) == sorted({*at(name)} & {*range(depth)})
-            good[name] = rising and number.get(name, len(at(name))) == len(at(name)), (
-                f"{number.get(name, 'any')} rising block numbers from 0 to {depth - 1}")
-        good["text_length"] = 3 <= self.text_length <= self.context, f"3 to --context {self.context}"
-        good |= {name: (0 <= at(name) < end, f"from 0 to below {end}") for name, end in BELOW.items()}
-        for name, (is_good, need) in good.items():
-            if not is_good:
-                raise ValueError(f"--{name} {at(name)}: need {need}")
+        for f in fields(self):
+            if f.type is tuple:
+                setattr(self, f.name, tuple(getattr(self, f.name)))  # lists come from flags
+        check_ranges(self)
+        check_shapes(self)
+        check_layers(self)
 
-CHOICES = {"pos_resize": ("dinov2", "detris"), "mask_rule": ("aligned", "detris"),
-           "text_adapter": ("plain", "dense"), "schedule": ("step", "cosine"),
-           "method": tuple(METHODS), "table": (0, 2, 3, 4, 5)}
-BELOW = dict(dropout=1, warmup=1) | dict.fromkeys(("lr", "clip", "workers", "save_minutes", "seed"), math.inf)
-MULTIPLES = dict(vision_width=("vision_heads", 4), text_width=("text_heads",), head_width=("head_heads", 4),
-                 image_size=("patch_size",)) | dict.fromkeys((                      # (): of 1
-    "vision_heads text_heads head_heads patch_size vision_depth text_depth decoder_depth decoder_ffn "
-    "pos_grid batch_size accumulate epochs").split(), ())
 
-PRESETS = {                            # differences from the defaults, nothing else
-    "tiny": dict(vision_width=128, vision_depth=4, vision_heads=4, patch_size=8, image_size=64, pos_grid=8,
-                 registers=1, taps=(1, 2), visual_layers=(3,), visual_rank=64, text_width=128, text_depth=2,
-                 text_heads=4, vocab_size=2048, context=24, text_layers=(1,), head_width=64, head_heads=4,
-                 decoder_depth=2, decoder_ffn=128, dropout=0.0, calm_start=True, method="full",
-                 weights="none", dataset="shapes", batch_size=16, epochs=5, lr=6e-4, schedule="cosine",
-                 warmup=0.05, clip=0.2, workers=1, compile=False),
-    "dcris_s": dict(vision_width=384, vision_heads=6),
-    "dcris_b": dict(),
-    "dcris_l": dict(vision_width=1024, vision_depth=24, vision_heads=16, taps=(8, 16),
-                    visual_layers=(2, 6, 10, 14, 18, 22), lr=2e-4, batch_size=64),
-    "detris_b": dict(pos_resize="detris", text_adapter="dense", mask_rule="detris", epochs=65,
-                     lr_steps=(35, 55)),
+CHOICES = {
+    "pos_resize": ("dinov2", "detris"),
+    "text_adapter": ("plain", "dense"),
+    "mask_rule": ("aligned", "detris"),
+    "method": ("dcris", "lora", "adapter", "compacter", "etris", "frozen", "full"),
+    "schedule": ("step", "cosine"),
+    "table": (0, 2, 3, 4, 5),
 }
-PAPER = {                              # data set, split -> mIoU of dcris_b and dcris_l in the paper's Table 1
-    "refcoco": dict(val=(76.4, 77.9), testA=(77.9, 79.0), testB=(73.7, 75.0)),
-    "refcoco+": dict(val=(69.8, 71.9), testA=(74.4, 75.9), testB=(62.6, 65.7)),
-    "refcocog_umd": dict(val=(68.4, 70.1), test=(68.5, 70.9)), "refcocog_google": dict(val=(65.9, 68.5))}
+AT_LEAST_ONE = [
+    "vision_width",
+    "vision_depth",
+    "vision_heads",
+    "patch_size",
+    "pos_grid",
+    "image_size",
+    "visual_rank",
+    "text_width",
+    "text_depth",
+    "text_heads",
+    "context",
+    "text_rank",
+    "head_width",
+    "head_heads",
+    "decoder_depth",
+    "decoder_ffn",
+    "batch_size",
+    "accumulate",
+    "epochs",
+]
+AT_LEAST_ZERO = ["registers", "lr", "clip", "seed", "workers", "save_minutes", "benchmark"]
+
+
+def refuse(cfg: Config, name: str, expected: str) -> None:
+    raise ValueError(f"--{name} {getattr(cfg, name)}: expected {expected}")
+
+
+def check_ranges(cfg: Config) -> None:
+    for name, choices in CHOICES.items():
+        if getattr(cfg, name) not in choices:
+            refuse(cfg, name, f"one of {choices}")
+    for name in AT_LEAST_ONE:
+        if getattr(cfg, name) < 1:
+            refuse(cfg, name, "1 or more")
+    for name in AT_LEAST_ZERO:
+        if not 0 <= getattr(cfg, name) < math.inf:
+            refuse(cfg, name, "0 or more")
+    if cfg.seed >= 2**32:
+        refuse(cfg, "seed", "less than 2 ** 32")
+    if cfg.workers > 1024:
+        refuse(cfg, "workers", "at most 1024 processes")
+    for name in ("dropout", "warmup"):
+        if not 0 <= getattr(cfg, name) < 1:
+            refuse(cfg, name, "0 or more and less than 1")
+    if cfg.vocab_size < 4:
+        refuse(cfg, "vocab_size", "4 or more: padding, a word, start and end")
+    if not 3 <= cfg.text_length <= cfg.context:
+        refuse(cfg, "text_length", f"3 to {cfg.context}, the length of --context")
+
+
+def check_shapes(cfg: Config) -> None:
+    if cfg.image_size % cfg.patch_size:
+        refuse(cfg, "image_size", f"a multiple of --patch_size {cfg.patch_size}")
+    if cfg.vision_width % cfg.vision_heads or cfg.vision_width % 4:
+        refuse(cfg, "vision_width", f"a multiple of 4 and of --vision_heads {cfg.vision_heads}")
+    if cfg.text_width % cfg.text_heads:
+        refuse(cfg, "text_width", f"a multiple of --text_heads {cfg.text_heads}")
+    if cfg.head_width % cfg.head_heads or cfg.head_width % 4:
+        refuse(cfg, "head_width", f"a multiple of 4 and of --head_heads {cfg.head_heads}")
+
+
+RANK_UNITS = {"dcris": 16, "full": 16, "compacter": 4, "etris": 8}  # by the adapters' inner widths
+
+
+def check_layers(cfg: Config) -> None:
+    unit = RANK_UNITS.get(cfg.method, 1)
+    if cfg.visual_layers and cfg.visual_rank % unit:
+        refuse(cfg, "visual_rank", f"a multiple of {unit} with --method {cfg.method}")
+    if cfg.text_layers and cfg.text_rank % unit:
+        refuse(cfg, "text_rank", f"a multiple of {unit} with --method {cfg.method}")
+
+    check_blocks(cfg, "visual_layers", cfg.vision_depth)
+    check_blocks(cfg, "text_layers", cfg.text_depth)
+    check_blocks(cfg, "taps", cfg.vision_depth - 1)
+    if len(cfg.taps) != 2:
+        refuse(cfg, "taps", "two blocks")
+    if cfg.method == "etris" and len(cfg.text_layers) != len(cfg.visual_layers):
+        refuse(cfg, "text_layers", f"as many blocks as --visual_layers {cfg.visual_layers}")
+
+
+def check_blocks(cfg: Config, name: str, depth: int) -> None:
+    blocks = getattr(cfg, name)
+    inside = all(i in range(depth) for i in blocks)
+    if not inside or list(blocks) != sorted(set(blocks)):
+        refuse(cfg, name, f"rising block numbers from 0 to {depth - 1}")
+
+
+PRESETS = {  # differences from the defaults, nothing else
+    "tiny": {
+        "vision_width": 128,
+        "vision_depth": 4,
+        "vision_heads": 4,
+        "patch_size": 8,
+        "registers": 1,
+        "pos_grid": 8,
+        "image_size": 64,
+        "taps": (1, 2),
+        "visual_layers": (3,),
+        "visual_rank": 64,
+        "text_width": 128,
+        "text_depth": 2,
+        "text_heads": 4,
+        "vocab_size": 2048,
+        "context": 24,
+        "text_layers": (1,),
+        "head_width": 64,
+        "head_heads": 4,
+        "decoder_depth": 2,
+        "decoder_ffn": 128,
+        "dropout": 0.0,
+        "calm_start": True,
+        "method": "full",
+        "dataset": "shapes",
+        "weights": "none",
+        "batch_size": 16,
+        "epochs": 5,
+        "lr": 6e-4,
+        "schedule": "cosine",
+        "warmup": 0.05,
+        "clip": 0.2,
+        "workers": 1,
+        "compile": False,
+    },
+    "dcris_s": {"vision_width": 384, "vision_heads": 6},
+    "dcris_b": {},
+    "dcris_l": {
+        "vision_width": 1024,
+        "vision_depth": 24,
+        "vision_heads": 16,
+        "taps": (8, 16),
+        "visual_layers": (2, 6, 10, 14, 18, 22),
+        "batch_size": 64,
+        "lr": 2e-4,
+    },
+    # the authors' later release, DETRIS: needed to load its checkpoints and to score as it does
+    "detris_b": {
+        "pos_resize": "detris",
+        "text_adapter": "dense",
+        "mask_rule": "detris",
+        "epochs": 65,
+        "lr_steps": (35, 55),
+    },
+}
+
+EVERY = tuple(range(12))
+# Table 2's rows on DCRIS-B. The paper gives only their counts; these settings reproduce them, as
+# others would. What the preset itself sets comes first.
+METHODS = {
+    "dcris": {},
+    "lora": {"visual_layers": EVERY, "visual_rank": 32, "text_layers": EVERY, "text_rank": 16},
+    "adapter": {"visual_layers": EVERY, "visual_rank": 64, "text_layers": EVERY, "text_rank": 64},
+    "compacter": {
+        "visual_layers": EVERY,
+        "visual_rank": 384,
+        "text_layers": EVERY,
+        "text_rank": 384,
+    },
+    "etris": {"visual_layers": (3, 7, 11), "visual_rank": 128, "text_layers": (3, 7, 11)},
+    "frozen": {"visual_layers": (), "text_layers": ()},
+    "full": {"visual_layers": (), "text_layers": ()},
+}
+
 
 def parse_config(argv: list[str] | None = None, saved: dict | None = None) -> Config:
-    """Defaults < preset, or a checkpoint's saved config < flags. A wrong flag or value exits with 2."""
-    p = argparse.ArgumentParser(argument_default=argparse.SUPPRESS, allow_abbrev=False, epilog=(
-        "Config in model.py says what each means. Defaults are dcris_b's; --preset (tiny) changes them."))
-    p.add_argument("--preset", choices=PRESETS, default="tiny")
+    """Defaults, then a preset (or the saved config of a checkpoint), then the flags.
+
+    argv: flags without the program's name; None takes the command line's. A wrong flag or value
+    prints one line to stderr and exits with status 2.
+    """
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument(
+        "--preset", choices=PRESETS, default="tiny", help="settings to start from (default: tiny)"
+    )
+    preset = PRESETS[first.parse_known_args(argv)[0].preset]
+    defaults = Config(**preset)
+
+    parser = argparse.ArgumentParser(
+        parents=[first], argument_default=argparse.SUPPRESS, allow_abbrev=False
+    )
     for f in fields(Config):
-        kind = {bool: dict(action=argparse.BooleanOptionalAction),
-                tuple: dict(type=int, nargs="*")}.get(f.type, dict(type=f.type, choices=CHOICES.get(f.name)))
-        p.add_argument(f"--{f.name}", help=f"default {f.default}", **kind)
-    flags = vars(p.parse_args(argv))
-    preset = PRESETS[flags.pop("preset")]
+        help_line = f"{f.metadata['help']} (default: {getattr(defaults, f.name)})"
+        if f.type is bool:
+            action = argparse.BooleanOptionalAction
+            parser.add_argument(f"--{f.name}", action=action, help=help_line)
+        elif f.type is tuple:
+            parser.add_argument(f"--{f.name}", type=int, nargs="*", help=help_line)
+        else:
+            choices = CHOICES.get(f.name)
+            parser.add_argument(f"--{f.name}", type=f.type, choices=choices, help=help_line)
+    flags = vars(parser.parse_args(argv))
+    flags.pop("preset")
+
+    settings = saved
+    if settings is None:
+        settings = METHODS[flags.get("method", defaults.method)] | preset
     try:
-        return Config(**{**(saved or preset), **flags})
+        return Config(**settings | flags)
     except ValueError as error:
-        p.error(str(error))
+        parser.error(str(error))
 
-# ---- image encoder: DINOv2 with registers (Oquab et al. 2023; Darcet et al. 2023), released names ----
-class VisionBlock(nn.Module):
-    """Pre-norm block in two halves: attend knows no words; update does where the block has an adapter."""
-    def __init__(self, cfg: Config, i: int):
-        super().__init__()
-        C = cfg.vision_width
-        self.norm1, self.norm2 = nn.LayerNorm(C, eps=1e-6), nn.LayerNorm(C, eps=1e-6)
-        self.attn, self.mlp = VisionAttention(C, cfg.vision_heads), mlp(C, "fc1", nn.GELU(), "fc2")
-        self.ls1, self.ls2 = (nn.ParameterDict({"gamma": torch.ones(C)}) for _ in range(2))     # LayerScale
-        attach(self, cfg, i, visual=True)
 
-    def attend(self, x: Tensor) -> Tensor:
-        return x + self.ls1["gamma"] * self.attn(self.norm1(x))
+# ---- image encoder: DINOv2 with registers, under the released parameter names ----
 
-    def update(self, x: Tensor, words: Tensor, grid: tuple[int, int]) -> Tensor:
-        normed = self.norm2(x)
-        change = self.mlp(normed)
-        if isinstance(self.adapter, DenseCrossAdapter):   # inside LayerScale, as released
-            change = change + ADAPTER_SCALE * self.adapter(normed, words, grid)
-        return x + self.ls2["gamma"] * change
 
 class VisionTransformer(nn.Module):
-    """DINOv2 ViT. image (P, 3, H, W) normalised, words (B, L, D) -> three taps, each (B, C, h, w).
-    photo (B,) says which of the P images each pair shows; None: P = B, in order. Whatever comes before the
-    first adapter knows no words, so it runs once a photo, and pairs part only there."""
+    """DINOv2's ViT (Oquab et al. 2023; registers: Darcet et al. 2023).
+
+    image: (B, 3, H, W), normalised. words: (B, L, D) for the adapters; None if there are none.
+    Returns three taps, each (B, C, h, w): the patches after two inner blocks, as they are, and
+    after the last block and its norm. The paper names a third, two thirds and the end of the
+    encoder; the exact blocks, and that only the last tap is normalised, are the authors' code's.
+    """
+
     def __init__(self, cfg: Config):
         super().__init__()
-        C, side = cfg.vision_width, cfg.image_size // cfg.patch_size
-        self.grid, self.image_size = (side, side), (cfg.image_size, cfg.image_size)
-        self.table_side, self.rule = cfg.pos_grid, cfg.pos_resize
-        self.prefix, self.taps = 1 + cfg.registers, (*cfg.taps, cfg.vision_depth - 1)
-        self.cls_token = nn.Parameter(torch.zeros(1, 1, C))
-        # differs: sines where the original draws at random, for training from nothing; files replace them
-        self.pos_embed = nn.Parameter(0.5 * F.pad(square_positions(cfg.pos_grid, C), (0, 0, 1, 0))[None])
-        self.register_tokens = nn.Parameter(1e-6 * torch.randn(1, cfg.registers, C))
-        self.mask_token = nn.Parameter(torch.zeros(1, C), requires_grad=False)   # of pretraining, never read
-        self.patch_embed = nn.ModuleDict({"proj": nn.Conv2d(3, C, cfg.patch_size, stride=cfg.patch_size)})
-        self.blocks = nn.ModuleList(VisionBlock(cfg, i) for i in range(cfg.vision_depth))
-        self.norm = nn.LayerNorm(C, eps=1e-6)
-        self.register_buffer("positions", self.resize_positions().detach().clone(), persistent=False)
-        self.register_load_state_dict_post_hook(                           # once a load, not once a forward
-            lambda vision, _: setattr(vision, "positions", vision.resize_positions().detach().clone()))
+        C = cfg.vision_width
+        side = cfg.image_size // cfg.patch_size
+        self.grid = (side, side)  # (h, w)
+        self.table_side = cfg.pos_grid
+        self.pos_resize = cfg.pos_resize
+        self.prefix = 1 + cfg.registers
+        self.taps = cfg.taps
 
-    def resize_positions(self) -> Tensor:
-        """The table for this grid, (1, 1 + N, C): bicubic, by the rule; the class token's entry is kept."""
-        if self.grid == (self.table_side, self.table_side):
-            return self.pos_embed
-        first, patches = self.pos_embed.split([1, self.table_side ** 2], dim=1)
-        factor = [(side + 0.1) / self.table_side for side in self.grid]    # not rounded: detris's step
-        how = dict(size=self.grid, antialias=True) if self.rule == "dinov2" else dict(scale_factor=factor)
-        patches = patches.unflatten(1, (self.table_side, -1)).permute(0, 3, 1, 2)
-        patches = F.interpolate(patches, mode="bicubic", **how)            # (1, C, h, w)
-        return torch.cat([first, patches.flatten(2).transpose(1, 2)], dim=1)
+        self.patch_embed = PatchEmbed(C, cfg.patch_size)
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, C))
+        self.register_tokens = nn.Parameter(1e-6 * torch.randn(1, cfg.registers, C))
+        self.mask_token = nn.Parameter(torch.zeros(1, C))  # of DINOv2's pretraining, not read here
+        # differs: sines instead of random numbers, for training from nothing; a released file
+        # replaces them
+        table = 0.5 * square_positions(cfg.pos_grid, C)
+        class_row = torch.zeros(1, C)
+        self.pos_embed = nn.Parameter(torch.cat([class_row, table])[None])  # (1, 1 + grid ** 2, C)
+        blocks = [VisionBlock(C, cfg.vision_heads) for _ in range(cfg.vision_depth)]
+        self.blocks = nn.ModuleList(blocks)
+        self.norm = nn.LayerNorm(C, eps=1e-6)
+
+    def forward(self, image: Tensor, words: Tensor | None) -> list[Tensor]:
+        x = self.embed(image)  # (B, S, C)
+        taps = []
+        for i, block in enumerate(self.blocks):
+            x = block(x, words, self.grid)
+            if i in self.taps:
+                taps.append(self.to_square(x))
+        taps.append(self.to_square(self.norm(x)))
+        return taps
 
     def embed(self, image: Tensor) -> Tensor:
-        """(P, 3, H, W) -> (P, S, C): class, registers, patches; registers have no position."""
-        P, _, H, W = image.shape
-        if (H, W) != self.image_size:
-            raise ValueError(f"image is {H}x{W} pixels, expected {self.image_size}: letterbox it first")
-        patches = self.patch_embed["proj"](image).flatten(2).transpose(1, 2)      # (P, N, C)
-        table = self.resize_positions() if self.pos_embed.requires_grad else self.positions
-        x = torch.cat([self.cls_token.expand(P, -1, -1), patches], dim=1) + table
-        return torch.cat([x[:, :1], self.register_tokens.expand(P, -1, -1), x[:, 1:]], dim=1)
+        """(B, 3, H, W) -> (B, S, C): class token, registers, patches."""
+        patches = self.patch_embed(image)  # (B, N, C)
+        B = len(image)
+        positions = self.positions()
+        cls_token = self.cls_token + positions[:, :1]
+        patches = patches + positions[:, 1:]
+        registers = self.register_tokens  # these have no position
+        prefix = torch.cat([cls_token, registers], dim=1).expand(B, -1, -1)  # (B, 1 + R, C)
+        return torch.cat([prefix, patches], dim=1)
 
-    def forward(self, image: Tensor, words: Tensor, photo: Tensor | None = None) -> list[Tensor]:
-        return next(self.stages(image, words, photo))
+    def positions(self) -> Tensor:
+        """The stored table, bicubically resized to this grid: (1, 1 + N, C)."""
+        if self.grid == (self.table_side, self.table_side):
+            return self.pos_embed
+        class_row = self.pos_embed[:, :1]
+        table = self.pos_embed[:, 1:].unflatten(1, (self.table_side, self.table_side))
+        table = table.permute(0, 3, 1, 2)  # (1, C, side, side)
+        if self.pos_resize == "dinov2":  # as DINOv2's own models with registers do
+            table = F.interpolate(table, size=self.grid, mode="bicubic", antialias=True)
+        else:  # as the authors' release does: 0.1 keeps the size from being rounded down
+            factors = [(side + 0.1) / self.table_side for side in self.grid]
+            table = F.interpolate(table, scale_factor=factors, mode="bicubic")
+        return torch.cat([class_row, table.flatten(2).transpose(1, 2)], dim=1)
 
-    def stages(self, image: Tensor, words: Tensor | None, photo: Tensor | None):
-        """Yields the taps; before that, under ETRIS, the patches at each bridge, for what the bridge adds."""
-        shared = photo is not None                        # still one row a photo, not one a pair
-        x, taps = self.embed(image), []
-        for i, block in enumerate(self.blocks):
-            x = block.attend(x)
-            if shared and block.adapter is not None:      # here the words come in
-                x, taps, shared = x[photo], [tap[photo] for tap in taps], False
-            x = block.update(x, words, self.grid)
-            if block.bridged:
-                x = x + F.pad((yield x[:, self.prefix:]), (0, 0, self.prefix, 0))
-            if i in self.taps:
-                tap = self.norm(x) if i == self.taps[-1] else x            # only the last is normalised
-                taps.append(tap[:, self.prefix:])                          # (P or B, N, C)
-        taps = [tap[photo] for tap in taps] if shared else taps
-        yield [tap.transpose(1, 2).unflatten(2, self.grid) for tap in taps]
+    def to_square(self, x: Tensor) -> Tensor:
+        """The patches of (B, S, C), as a square: (B, C, h, w)."""
+        return x[:, self.prefix :].transpose(1, 2).unflatten(2, self.grid)
 
-# ---- text encoder: CLIP's text transformer (Radford et al. 2021), released names ----
-class TextBlock(nn.Module):
-    """Pre-norm block; the adapter reads the stream after attention, not normalised, as released."""
-    def __init__(self, cfg: Config, i: int):
+
+class PatchEmbed(nn.Module):
+    """Cuts an image into patches, a vector each. (B, 3, H, W) -> (B, N, C)."""
+
+    def __init__(self, width: int, patch_size: int):
         super().__init__()
-        D = cfg.text_width
-        self.ln_1, self.ln_2 = nn.LayerNorm(D), nn.LayerNorm(D)
-        self.attn, self.mlp = Attention(D, cfg.text_heads), mlp(D, "c_fc", QuickGELU(), "c_proj")
-        attach(self, cfg, i, visual=False)
+        self.proj = nn.Conv2d(3, width, patch_size, stride=patch_size)
+
+    def forward(self, image: Tensor) -> Tensor:
+        return self.proj(image).flatten(2).transpose(1, 2)
+
+
+class VisionBlock(nn.Module):
+    """Block of DINOv2 with the places that a method may fill: each slot holds a module or None."""
+
+    def __init__(self, width: int, n_head: int):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(width, eps=1e-6)
+        self.attn = VisionAttention(width, n_head)  # its own slot is attn.lora
+        self.ls1 = LayerScale(width)
+        self.norm2 = nn.LayerNorm(width, eps=1e-6)
+        self.mlp = VisionMLP(width)
+        self.ls2 = LayerScale(width)
+
+        self.after_attention = None  # slot
+        self.after_mlp = None  # slot
+        self.adapter = None  # slot beside the MLP: DenseCrossAdapter
+
+    def forward(self, x: Tensor, words: Tensor | None, grid: tuple[int, int]) -> Tensor:
+        attended = self.attn(self.norm1(x))
+        if self.after_attention is not None:
+            attended = self.after_attention(attended)
+        x = x + self.ls1(attended)
+
+        normed = self.norm2(x)
+        change = self.mlp(normed)
+        if self.after_mlp is not None:
+            change = self.after_mlp(change)
+        if self.adapter is not None:
+            change = change + ADAPTER_SCALE * self.adapter(normed, words, grid)
+        return x + self.ls2(change)  # the adapter inside LayerScale, as in the authors' code
+
+
+class VisionMLP(nn.Module):
+    def __init__(self, width: int):
+        super().__init__()
+        self.fc1 = nn.Linear(width, 4 * width)
+        self.fc2 = nn.Linear(4 * width, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        normed = self.ln_1(x)
-        x = x + self.attn(normed, normed, normed, causal=True)
-        change = self.mlp(self.ln_2(x))
-        if self.adapter is not None:
-            change = change + ADAPTER_SCALE * self.adapter(x)
-        return x + change
+        return self.fc2(F.gelu(self.fc1(x)))
+
+
+class LayerScale(nn.Module):
+    """A learned factor for each channel of a residual branch."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.gamma = nn.Parameter(torch.ones(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.gamma * x
+
+
+# ---- text encoder: CLIP's text transformer, under the released parameter names ----
+
 
 class TextTransformer(nn.Module):
-    """CLIP text transformer. tokens (B, L) -> words (B, L, D) after the final norm, sentence (B, D)."""
+    """CLIP's text transformer (Radford et al. 2021).
+
+    tokens: (B, L) ids. Returns words f_t (B, L, D), after the final norm, and sentence f_s (B, D):
+    the word at the end token, projected.
+    """
+
     def __init__(self, cfg: Config):
         super().__init__()
         D = cfg.text_width
         self.token_embedding = nn.Embedding(cfg.vocab_size, D)
-        # differs: CLIP starts both tables at 0.02 and 0.01, too faint to learn words from nothing in minutes
-        self.positional_embedding = nn.Parameter(0.2 * torch.randn(cfg.context, D))
-        blocks = nn.ModuleList(TextBlock(cfg, i) for i in range(cfg.text_depth))
-        self.transformer = nn.ModuleDict({"resblocks": blocks})            # so that the released names fit
+        self.positional_embedding = nn.Parameter(torch.empty(cfg.context, D))
+        blocks = [TextBlock(D, cfg.text_heads) for _ in range(cfg.text_depth)]
+        # a dict of one entry, so that the released names fit
+        self.transformer = nn.ModuleDict({"resblocks": nn.ModuleList(blocks)})
         self.ln_final = nn.LayerNorm(D)
-        self.text_projection = nn.Parameter(D ** -0.5 * torch.randn(D, D))
-        self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)), requires_grad=False)   # never read
+        self.text_projection = nn.Parameter(D**-0.5 * torch.randn(D, D))
+        self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))  # of CLIP, not read here
+        # differs: CLIP starts with deviations of 0.02 and 0.01, too faint to learn words from
+        # nothing in minutes
         nn.init.normal_(self.token_embedding.weight, std=0.5)
+        nn.init.normal_(self.positional_embedding, std=0.2)
 
     def forward(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        return next(self.stages(tokens))
-
-    def stages(self, tokens: Tensor):
-        """As the image encoder's: yields the stream at each of ETRIS's bridges, then words and sentence."""
-        x = self.token_embedding(tokens) + self.positional_embedding[:tokens.shape[1]]
+        x = self.embed(tokens)  # (B, L, D)
         for block in self.transformer["resblocks"]:
             x = block(x)
-            if block.bridged:
-                x = x + (yield x)
-        words = self.ln_final(x)                          # (B, L, D)
-        end = tokens.argmax(dim=1)                        # the end token has the largest id
-        yield words, words[torch.arange(len(words), device=end.device), end] @ self.text_projection
+        return self.read_out(x, tokens)
 
-# ---- head (paper, section 3.4; after CRIS and ETRIS) ----
+    def embed(self, tokens: Tensor) -> Tensor:
+        L = tokens.shape[1]
+        return self.token_embedding(tokens) + self.positional_embedding[:L]
+
+    def read_out(self, x: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        words = self.ln_final(x)  # f_t: (B, L, D)
+        end = tokens.argmax(dim=1)  # the end token has the largest id
+        pair = torch.arange(len(tokens), device=tokens.device)
+        sentence = words[pair, end] @ self.text_projection  # f_s: (B, D)
+        return words, sentence
+
+
+class TextBlock(nn.Module):
+    """Block of CLIP's text transformer, with the same slots as VisionBlock."""
+
+    def __init__(self, width: int, n_head: int):
+        super().__init__()
+        self.ln_1 = nn.LayerNorm(width)
+        self.attn = Attention(width, n_head)  # its own slot is attn.lora
+        self.ln_2 = nn.LayerNorm(width)
+        self.mlp = TextMLP(width)
+
+        self.after_attention = None  # slot
+        self.after_mlp = None  # slot
+        self.adapter = None  # slot beside the MLP: TextAdapter
+
+    def forward(self, x: Tensor) -> Tensor:
+        normed = self.ln_1(x)
+        attended = self.attn(normed, normed, normed, causal=True)
+        if self.after_attention is not None:
+            attended = self.after_attention(attended)
+        x = x + attended
+
+        change = self.mlp(self.ln_2(x))
+        if self.after_mlp is not None:
+            change = self.after_mlp(change)
+        if self.adapter is not None:  # reads the stream before the norm, as in the authors' code
+            change = change + ADAPTER_SCALE * self.adapter(x)
+        return x + change
+
+
+class TextMLP(nn.Module):
+    """CLIP's MLP, with its approximation of GELU (QuickGELU)."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.c_fc = nn.Linear(width, 4 * width)
+        self.c_proj = nn.Linear(4 * width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.c_fc(x)
+        return self.c_proj(x * torch.sigmoid(1.702 * x))
+
+
+# ---- head (paper, section 3.4; it comes from CRIS and ETRIS) ----
+
+
 class Neck(nn.Module):
-    """Cross-modal neck (Eq. 4). taps 3 x (B, C, h, w), sentence (B, D) -> (B, d, h, w)."""
+    """Cross-modal neck (paper, Eq. 4): joins three taps and the sentence into one square.
+
+    taps: 3 x (B, C, h, w). sentence: (B, D). Returns f_c: (B, d, h, w).
+
+    The paper's Eq. 4 has the text features f_t as keys and one convolution. The authors' code,
+    which we follow, has the sentence as the only key, multiplies each level by the answer, and
+    ends with two 3x3 convolutions and a residual connection.
+    """
+
     def __init__(self, cfg: Config):
         super().__init__()
         d = cfg.head_width
+        side = cfg.image_size // cfg.patch_size
         self.sentence = nn.Linear(cfg.text_width, d)
         self.levels = nn.ModuleList(ConvBN(cfg.vision_width, d, 1) for _ in range(3))
         self.fuse = nn.ModuleList(Attention(d, cfg.head_heads) for _ in range(3))
         self.merge = ConvBN(3 * d, d, 1)
         self.place = nn.Sequential(ConvBN(d + 2, d, 3), ConvBN(d, d, 3))
-        side = torch.linspace(-1, 1, cfg.image_size // cfg.patch_size)
-        y, x = torch.meshgrid(side, side, indexing="ij")
-        self.register_buffer("coordinates", torch.stack([x, y])[None], persistent=False)   # (1, 2, h, w)
+
+        line = torch.linspace(-1, 1, side)
+        y, x = torch.meshgrid(line, line, indexing="ij")
+        coordinates = torch.stack([x, y])[None]  # F_coord: (1, 2, h, w)
+        self.register_buffer("coordinates", coordinates, persistent=False)
 
     def forward(self, taps: list[Tensor], sentence: Tensor) -> Tensor:
-        sentence = self.sentence(sentence)                                                 # (B, d)
-        # The paper's cross attention asks one key, the sentence: its answer is the same for every patch.
-        levels = [level(tap) * fuse.gate(sentence)[:, :, None, None]
-                  for tap, level, fuse in zip(taps, self.levels, self.fuse)]
-        fused = self.merge(torch.cat(levels, dim=1))                                       # (B, d, h, w)
+        key = self.sentence(sentence)  # (B, d), the only key
+        levels = []
+        for tap, level, fuse in zip(taps, self.levels, self.fuse, strict=True):
+            answer = fuse.of_one_key(key)  # F_MHCA(f_v, f_s): (B, d), the same for every patch
+            levels.append(level(tap) * answer[:, :, None, None])  # (B, d, h, w)
+        fused = self.merge(torch.cat(levels, dim=1))  # F_f: (B, d, h, w)
+
         coordinates = self.coordinates.expand(len(fused), -1, -1, -1).to(fused.dtype)
-        return fused + self.place(torch.cat([fused, coordinates], dim=1))
+        placed = self.place(torch.cat([fused, coordinates], dim=1))  # Conv([F_f, F_coord])
+        return fused + placed  # f_c
 
-class DecoderLayer(nn.Module):
-    """Patches look at each other, then at the words, then an MLP; an extra norm closes each attention."""
-    def __init__(self, cfg: Config):
-        super().__init__()
-        d, p = cfg.head_width, cfg.dropout
-        self.norm1, self.norm2, self.norm3 = nn.LayerNorm(d), nn.LayerNorm(d), nn.LayerNorm(d)
-        self.self_attn, self.cross_attn = Attention(d, cfg.head_heads, p), Attention(d, cfg.head_heads, p)
-        self.self_attn_norm, self.cross_attn_norm = nn.LayerNorm(d), nn.LayerNorm(d)
-        self.ffn = nn.Sequential(nn.Linear(d, cfg.decoder_ffn), nn.ReLU(), nn.Dropout(p),
-                                 nn.LayerNorm(cfg.decoder_ffn), nn.Linear(cfg.decoder_ffn, d))
-        self.drop = nn.Dropout(p)
-
-    def forward(self, x: Tensor, pos: Tensor, words: Tensor, words_pos: Tensor, pad: Tensor) -> Tensor:
-        value = self.norm1(x)
-        asked = value + pos
-        x = x + self.drop(self.self_attn_norm(self.self_attn(asked, asked, value)))
-        found = self.cross_attn(self.norm2(x) + pos, words + words_pos, words, pad)
-        x = x + self.drop(self.cross_attn_norm(found))
-        return x + self.drop(self.ffn(self.norm3(x)))
 
 class Decoder(nn.Module):
-    """Vision-language decoder. x (B, d, h, w), words (B, L, D), pad (B, L) -> (B, d, h, w)."""
+    """Vision-language decoder (paper, section 3.4).
+
+    x: f_c (B, d, h, w). words: f_t (B, L, D). pad: (B, L), True where padded. Returns F_mm, like x.
+    """
+
     def __init__(self, cfg: Config):
         super().__init__()
-        d, side = cfg.head_width, cfg.image_size // cfg.patch_size
-        self.words = nn.Identity() if cfg.text_width == d else nn.Linear(cfg.text_width, d)
+        d = cfg.head_width
+        side = cfg.image_size // cfg.patch_size
+        self.words = nn.Identity()
+        if cfg.text_width != d:  # never in the paper's models
+            self.words = nn.Linear(cfg.text_width, d)
         self.layers = nn.ModuleList(DecoderLayer(cfg) for _ in range(cfg.decoder_depth))
         self.norm = nn.LayerNorm(d)
-        self.register_buffer("pos", square_positions(side, d), persistent=False)           # (N, d)
+        self.register_buffer("pos", square_positions(side, d), persistent=False)  # (N, d)
         self.register_buffer("words_pos", sine_positions(cfg.context, d), persistent=False)
 
     def forward(self, x: Tensor, words: Tensor, pad: Tensor) -> Tensor:
-        grid, words, words_pos = x.shape[2:], self.words(words), self.words_pos[:words.shape[1]]
-        x = x.flatten(2).transpose(1, 2)                                   # (B, N, d)
+        grid = x.shape[2:]
+        words = self.words(words)  # (B, L, d)
+        words_pos = self.words_pos[: words.shape[1]]  # (L, d)
+        x = x.flatten(2).transpose(1, 2)  # (B, N, d)
         for layer in self.layers:
             x = layer(x, self.pos, words, words_pos, pad)
-        return self.norm(x).transpose(1, 2).unflatten(2, grid)
+        return self.norm(x).transpose(1, 2).unflatten(2, grid)  # F_mm: (B, d, h, w)
 
-class UpConvBN(ConvBN):
-    """ConvBN, 3x3, of its input's bilinear enlargement: (B, C, h, h) -> (B, c, 2h, 2h). Both are linear, so
-    channels mix first, for a quarter of the products; then a matrix enlarges and shifts columns, and rows."""
-    def __init__(self, inputs: int, outputs: int, side: int):
-        super().__init__(inputs, outputs, 3)
-        large = F.interpolate(torch.eye(side)[None], scale_factor=2, mode="linear")[0].T   # (2h, h)
-        shifts = [F.pad(large, (0, 0, 1, 1))[k:k + 2 * side] for k in range(3)]
-        self.register_buffer("shifts", torch.cat(shifts, dim=1), persistent=False)         # (2h, 3h)
 
-    def forward(self, x: Tensor) -> Tensor:
-        mix = self.conv.weight.permute(2, 3, 0, 1).flatten(0, 2)[..., None, None]          # (9c, C, 1, 1)
-        maps = F.conv2d(x, mix).unflatten(1, (3, 3, -1))                   # (B, 3, 3, c, h, h)
-        maps = maps.permute(0, 1, 3, 4, 2, 5).flatten(4) @ self.shifts.T   # (B, 3, c, h, 2h)
-        maps = self.shifts @ maps.transpose(1, 2).flatten(2, 3)            # (B, c, 2h, 2h)
-        return self.normalise(maps)
+class DecoderLayer(nn.Module):
+    """Patches look at each other, then at the words, then pass an MLP.
 
-class Projector(nn.Module):
-    """Up-sampling projector (Eq. 5). x (B, d, h, w), sentence (B, D) -> logits (B, 1, 4h, 4w)."""
+    The norms after both attentions and inside the MLP are the authors' code's; the paper only says
+    "layer normalization and residual connections".
+    """
+
     def __init__(self, cfg: Config):
         super().__init__()
-        d, c, side = cfg.head_width, cfg.head_width // 2, cfg.image_size // cfg.patch_size
+        d = cfg.head_width
+        self.norm1 = nn.LayerNorm(d)
+        self.norm2 = nn.LayerNorm(d)
+        self.norm3 = nn.LayerNorm(d)
+        self.self_attn = Attention(d, cfg.head_heads, cfg.dropout)
+        self.self_attn_norm = nn.LayerNorm(d)
+        self.cross_attn = Attention(d, cfg.head_heads, cfg.dropout)
+        self.cross_attn_norm = nn.LayerNorm(d)
+        self.ffn = nn.Sequential(
+            nn.Linear(d, cfg.decoder_ffn),
+            nn.ReLU(),
+            nn.Dropout(cfg.dropout),
+            nn.LayerNorm(cfg.decoder_ffn),
+            nn.Linear(cfg.decoder_ffn, d),
+        )
+        self.drop = nn.Dropout(cfg.dropout)
+
+    def forward(
+        self, x: Tensor, pos: Tensor, words: Tensor, words_pos: Tensor, pad: Tensor
+    ) -> Tensor:
+        value = self.norm1(x)
+        query = value + pos
+        attended = self.self_attn(query, query, value)  # (B, N, d)
+        x = x + self.drop(self.self_attn_norm(attended))
+
+        query = self.norm2(x) + pos
+        attended = self.cross_attn(query, words + words_pos, words, pad)  # (B, N, d)
+        x = x + self.drop(self.cross_attn_norm(attended))
+
+        return x + self.drop(self.ffn(self.norm3(x)))
+
+
+class Projector(nn.Module):
+    """Up-sampling projector (paper, Eq. 5). x: F_mm (B, d, h, w). sentence: f_s (B, D).
+
+    Returns logits (B, 1, 4h, 4w): F_c, convolved with a 3x3 kernel F_l of each sentence's own. In
+    the plain form, for one pair:
+
+        F_c = mix(up(x))                              # (c, 4h, 4w)
+        F_l = kernel(sentence)                        # (9 * c + 1,)
+        logits = F.conv2d(F_c[None], F_l[:-1].view(1, c, 3, 3), F_l[-1:], padding=1)
+
+    Both steps after `up` are linear. So each of the nine places of the kernel first takes in the
+    weights of mix, one matrix product makes nine maps, and F.fold shifts and adds them: mix costs
+    nothing, and pairs need no convolution each.
+    """
+
+    def __init__(self, cfg: Config):
+        super().__init__()
+        d = cfg.head_width
+        c = d // 2
+        side = cfg.image_size // cfg.patch_size
         self.up = nn.Sequential(UpConvBN(d, d, side), UpConvBN(d, c, 2 * side))
         self.mix = nn.Conv2d(c, c, 1)
-        self.kernel = nn.Linear(cfg.text_width, 9 * c + 1)                 # c kernels of 3x3, then one bias
-        if cfg.calm_start:
+        self.kernel = nn.Linear(cfg.text_width, 9 * c + 1)  # last the bias
+        if cfg.calm_start:  # differs: for training from nothing
             nn.init.zeros_(self.kernel.bias)
             self.kernel.weight.data *= 0.1
             self.kernel.bias.data[-1] = -3.0
 
     def forward(self, x: Tensor, sentence: Tensor) -> Tensor:
-        x = self.up(x)                                                     # (B, c, 4h, 4w)
-        kernel, bias = self.kernel(sentence).split([9 * x.shape[1], 1], dim=1)
-        kernel = kernel.unflatten(1, (-1, 9)).transpose(1, 2).flip(1)      # (B, 9, c), last place first
-        # F_c is mix(x) and the logits are F_c's 3x3 convolution with the kernel. Both are linear, so the
-        # kernel takes mix's weights in, nine maps come of one product, and fold shifts and adds them.
-        maps = (kernel @ self.mix.weight.flatten(1)) @ x.flatten(2) + kernel @ self.mix.bias[:, None]
-        return F.fold(maps, x.shape[2:], kernel_size=3, padding=1) + bias[:, :, None, None]
+        x = self.up(x)  # (B, c, 4h, 4w)
+        c = x.shape[1]
+        kernel, bias = self.kernel(sentence).split([9 * c, 1], dim=1)  # F_l: (B, 9 * c), (B, 1)
+        kernel = kernel.unflatten(1, (c, 9)).transpose(1, 2)  # (B, 9, c)
+        kernel = kernel.flip(1)  # fold adds a map where its pixel lies; a convolution looks there
+
+        mixed_kernel = kernel @ self.mix.weight.flatten(1)  # (B, 9, c)
+        mixed_bias = kernel @ self.mix.bias[:, None]  # (B, 9, 1)
+        maps = mixed_kernel @ x.flatten(2) + mixed_bias  # (B, 9, 16 * h * w)
+        logits = F.fold(maps, x.shape[2:], kernel_size=3, padding=1)  # F_c . F_l: (B, 1, 4h, 4w)
+        return logits + bias[:, :, None, None]
+
+
+class UpConvBN(ConvBN):
+    """Enlarge to twice the side, then a 3x3 ConvBN. (B, C, h, h) -> (B, c, 2h, 2h). The plain form:
+
+        x = F.interpolate(x, scale_factor=2, mode="bilinear")
+        return F.relu(self.bn(self.conv(x)))
+
+    Enlarging treats every channel alike and the convolution is a sum over its nine places. So the
+    channels can be mixed first, on a quarter of the pixels: `maps` holds C channels mixed for each
+    of the nine places. Then one matrix enlarges along x, shifts by the kernel's column and adds
+    the three columns, and the same matrix does it along y.
+    """
+
+    def __init__(self, inputs: int, outputs: int, side: int):
+        super().__init__(inputs, outputs, 3)
+        one_pixel_each = torch.eye(side)[None]  # (1, side, side)
+        enlarge = F.interpolate(one_pixel_each, scale_factor=2, mode="linear")[0].T  # (2h, h)
+        padded = F.pad(enlarge, (0, 0, 1, 1))  # (2h + 2, h)
+        shifted = [padded[k : k + 2 * side] for k in range(3)]
+        matrix = torch.cat(shifted, dim=1)  # (2h, 3h)
+        self.register_buffer("matrix", matrix, persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.conv.weight.permute(2, 3, 0, 1)  # (3, 3, c, C)
+        maps = F.conv2d(x, weight.flatten(0, 2)[:, :, None, None])  # (B, 9 * c, h, h)
+        maps = maps.unflatten(1, (3, 3, -1))  # (B, 3 rows, 3 columns, c, y, x)
+        maps = maps.permute(0, 3, 1, 4, 2, 5)  # (B, c, rows, y, columns, x)
+        wide = maps.flatten(4) @ self.matrix.T  # (B, c, rows, y, 2h)
+        large = self.matrix @ wide.flatten(2, 3)  # (B, c, 2h, 2h)
+        return F.relu(self.normalise(large))
+
+
+# ---- the whole model and its loss ----
+
 
 class DCRIS(nn.Module):
-    """The whole model. image (P, 3, H, W) uint8 0 ... 255, or float already normalised; tokens (T, L) int64
-    with 0 for padding; photo, phrase (B,): each pair's rows there, or None -> float32 (B, 1, 4h, 4w)."""
+    """The whole model (paper, Figure 1).
+
+    image: (B, 3, H, W), uint8 of 0 to 255, or float and already normalised; H = W = cfg.image_size.
+    tokens: (B, L) int64, 0 where padded. Returns logits (B, 1, 4h, 4w), float32.
+    """
+
     def __init__(self, config: Config):
         super().__init__()
         self.config = config
-        self.vision, self.text = VisionTransformer(config), TextTransformer(config)
-        self.neck, self.decoder, self.projector = Neck(config), Decoder(config), Projector(config)
+        self.tokenizer = None  # weights.py puts the one that fits the text encoder here
+        self.vision = VisionTransformer(config)
+        self.text = TextTransformer(config)
+        add_adapters(self.vision.blocks, self.text.transformer["resblocks"], config)
+        self.bridges = etris_bridges(config)
+        self.neck = Neck(config)
+        self.decoder = Decoder(config)
+        self.projector = Projector(config)
         self.register_buffer("mean", 255 * torch.tensor(MEAN).view(3, 1, 1), persistent=False)
         self.register_buffer("std", 255 * torch.tensor(STD).view(3, 1, 1), persistent=False)
-        for layer in (compacter := [x for x in self.modules() if isinstance(x, HypercomplexLinear)]):
-            layer.A = compacter[0].A                      # one for both encoders
-        for name, p in self.named_parameters():           # frozen: the encoders, but for what attach put in
-            if name.startswith(("vision.", "text.")) and config.method != "full":
-                p.requires_grad_(".adapter." in name)
+        self.freeze()
 
-    def forward(self, image: Tensor, tokens: Tensor, photo: Tensor | None = None, phrase=None) -> Tensor:
+    def freeze(self) -> None:
+        """Freeze both encoders, but not what a method added to them; with "full" nothing is
+        frozen.
+        """
+        added = adapter_keys(self)
+        for name, parameter in self.named_parameters():
+            in_encoder = name.startswith(("vision.", "text."))
+            if in_encoder and name not in added:
+                parameter.requires_grad_(self.config.method == "full")
+        self.vision.mask_token.requires_grad_(False)  # never read, so they would get no gradient
+        self.text.logit_scale.requires_grad_(False)
+
+    def forward(self, image: Tensor, tokens: Tensor) -> Tensor:
+        if image.shape[2:] != (self.config.image_size, self.config.image_size):
+            size = f"{image.shape[2]}x{image.shape[3]}"
+            raise ValueError(f"image of {size}, expected {self.config.image_size}: letterbox it")
         if image.dtype == torch.uint8:
             image = (image - self.mean) / self.std
-        pairs = lambda x: x if phrase is None else x[phrase]               # rows of tokens -> of pairs
+
         if self.config.method == "etris":
-            taps, (words, sentence) = run_in_step(self.vision, self.text, image, pairs(tokens), photo)
+            taps, words, sentence = self.encode_in_step(image, tokens)
         else:
-            words, sentence = map(pairs, self.text(tokens))
-            taps = self.vision(image, words, photo)
-        fused = self.decoder(self.neck(taps, sentence), words, pairs(tokens == 0))
+            words, sentence = self.text(tokens)  # f_t, f_s
+            taps = self.vision(image, words)
+
+        pad = tokens == 0
+        fused = self.neck(taps, sentence)  # f_c
+        fused = self.decoder(fused, words, pad)  # F_mm
         return self.projector(fused, sentence).float()
 
+    def encode_in_step(self, image: Tensor, tokens: Tensor) -> tuple[list[Tensor], Tensor, Tensor]:
+        """Both encoders under ETRIS, which joins them at its bridges: taps, words, sentence."""
+        vision = self.vision
+        text_blocks = list(self.text.transformer["resblocks"])
+        text_done = 0
+        before = None  # what the bridge before fed to its attentions
+
+        x = vision.embed(image)
+        text_x = self.text.embed(tokens)
+        taps = []
+        for i, block in enumerate(vision.blocks):
+            x = block(x, None, vision.grid)
+
+            if i in self.config.visual_layers:
+                stage = self.config.visual_layers.index(i)
+                text_stop = self.config.text_layers[stage] + 1
+                for text_block in text_blocks[text_done:text_stop]:
+                    text_x = text_block(text_x)
+                text_done = text_stop
+
+                prefix, patches = x[:, : vision.prefix], x[:, vision.prefix :]
+                change, text_change, before = self.bridges[stage](patches, text_x, before)
+                x = torch.cat([prefix, patches + change], dim=1)
+                text_x = text_x + text_change
+
+            if i in vision.taps:
+                taps.append(vision.to_square(x))
+
+        for text_block in text_blocks[text_done:]:
+            text_x = text_block(text_x)
+        taps.append(vision.to_square(vision.norm(x)))
+        words, sentence = self.text.read_out(text_x, tokens)
+        return taps, words, sentence
+
     def parameter_counts(self) -> dict[str, int]:
-        """Parameters by part; `backbone` is the paper's sum, which leaves out the text position table."""
-        counts = dict.fromkeys(("adapters", "neck", "decoder", "projector", "trainable", "vision", "text"), 0)
-        for name, p in self.named_parameters():
-            counts["adapters" if ".adapter." in name else name.split(".")[0]] += p.numel()
-            counts["trainable"] += p.numel() * p.requires_grad
-        table = self.text.positional_embedding.numel()
-        return counts | dict(backbone=counts["vision"] + counts["text"] - table)
+        """Parameters of each part, of all that trains, and of the backbone, as the paper counts."""
+        parts = ("adapters", "neck", "decoder", "projector", "trainable", "vision", "text")
+        counts = dict.fromkeys(parts, 0)
+        added = adapter_keys(self)
+        for name, parameter in self.named_parameters():
+            part = "adapters" if name in added else name.split(".")[0]
+            counts[part] += parameter.numel()
+            if parameter.requires_grad:
+                counts["trainable"] += parameter.numel()
+        # the paper's 149,972,225 leaves out the text encoder's position table
+        position_table = self.text.positional_embedding.numel()
+        counts["backbone"] = counts["vision"] + counts["text"] - position_table
+        return counts
+
 
 def contrastive_loss(logits: Tensor, mask: Tensor, rule: str = "aligned") -> Tensor:
-    """Text-to-pixel contrastive loss (paper, Eq. 6): cross-entropy of sigma(F_c . F_l), mean over pixels.
-    logits (B, 1, 4h, 4w) float32; mask (B, 1, H, W) in [0, 1], brought to the logits' grid by the rule:
-    aligned, the exact area average; detris, the nearest pixel. Returns a scalar in nats."""
+    """Text-to-pixel contrastive loss (paper, Eq. 6): the mean over all pixels of
+
+        -log(sigmoid(F_c . F_l)) inside the mask, -log(1 - sigmoid(F_c . F_l)) outside.
+
+    logits: F_c . F_l, (B, 1, h, w) float32. mask: (B, 1, H, W) in [0, 1]. Returns a scalar in nats.
+    """
+    target = mask_on_grid(mask, logits.shape[2:], rule)
+    return F.binary_cross_entropy_with_logits(logits, target)
+
+
+def mask_on_grid(mask: Tensor, grid: tuple[int, int], rule: str) -> Tensor:
+    """The mask at the logits' size: (B, 1, H, W) -> (B, 1, h, w).
+
+    The paper does not say how. detris: the nearest pixel, as in the authors' release. aligned,
+    ours: the share of each cell that the mask covers, so targets at the edges lie between 0 and 1.
+    """
     if rule == "detris":
-        mask = F.interpolate(mask, logits.shape[2:], mode="nearest")
-    else:
-        fine = [math.lcm(*sides) for sides in zip(mask.shape[2:], logits.shape[2:])]   # pixels of both
-        mask = F.adaptive_avg_pool2d(F.interpolate(mask, fine, mode="nearest"), logits.shape[2:])
-    return F.binary_cross_entropy_with_logits(logits, mask)
+        return F.interpolate(mask, grid, mode="nearest")
+    # differs: exact area average, also where a cell is 3.5 pixels wide
+    H, W = mask.shape[2:]
+    h, w = grid
+    fine = (math.lcm(H, h), math.lcm(W, w))  # every cell is a whole number of these pixels
+    return F.adaptive_avg_pool2d(F.interpolate(mask, fine, mode="nearest"), grid)

@@ -1,350 +1,996 @@
-"""Released files and our checkpoints: fetched, checked, loaded; nothing inside any of them is ever run.
+"""Models from checkpoints, and the released files they start from.
 
-    python weights.py                  lists every file: missing, present or damaged, bytes, licence, place
-    python weights.py dcris_b refcoco  fetches what these need; after a cut, run it again and it goes on
+    python weights.py                  lists every file: missing, present or damaged
+    python weights.py dcris_b refcoco  fetches what these need; after a cut, run it again
+
+First loading and saving a model, then the encoders' files and the authors' checkpoints, then how a
+file that nobody vouches for is read, and last the table of released files and how they are fetched.
+Nothing inside any file is ever run as code.
 """
+
 import argparse
-import functools
+import contextlib
 import hashlib
 import io
+import math
 import os
 import re
 import shutil
 import sys
 import time
 import zipfile
+import zlib
+from collections.abc import Set
+from dataclasses import fields, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import requests
 import torch
 from torch import Tensor, nn
 
-from data import Tokenizer, progress
-from adapters import Attention, VisionAttention
+from adapters import VisionAttention, adapter_keys
+from data import Tokenizer, progress, run_as_program, write_whole
 from model import DCRIS, PRESETS, Config
 
-TIMEOUT, TRIES, PAUSE = (15, 30), 6, 1.0   # seconds to connect, without a byte; vain tries; pause, doubling
-VOCABULARY = "bpe_simple_vocab_16e6.txt.gz"
-META = "https://dl.fbaipublicfiles.com/dinov2/dinov2_"         # Meta's own host
-AZURE = "https://openaipublic.azureedge.net/clip/"             # down at times; what it copies is BLOB
-BLOB = "https://openaipublic.blob.core.windows.net/clip/"      # OpenAI's own store
-CLIP = "5806e77cd80f8b59890b7e101eabd078d9fb84e6937f9e85e4ecb61988df416f"
-WEB = "https://web.archive.org/web/20220413{}id_/https://bvisionweb1.cs.unc.edu/licheng/referit/data/"
-FILES = {   # place below weights (*.zip: data) -> bytes or None, licence, folders in order, sha256 or md5
-    **{f"dinov2_{v}_reg4_pretrain.pth": (size, "Apache-2.0", [f"{META}{v}/"], digest) for v, size, digest in (
-        ("vits14", 88_291_785, "f433177089a681826f849f194ece3bb48f4d63fb38d32fc837e3dc7a4e5641fb"),
-        ("vitb14", 346_393_545, "73182a088cf94833c94b1666d1c99e02fe87e2007bff57b564fb6206e25dba71"),
-        ("vitl14", 1_217_607_321, "36e4deffbaef061a2576705b0c36f93621e2ae20bf6274694821b0b492551b51"))},
-    "ViT-B-16.pt": (None, "MIT", [f"{AZURE}models/{CLIP}/", f"{BLOB}models/{CLIP}/"], CLIP),
-    VOCABULARY: (1_356_917, "MIT", ["https://github.com/openai/CLIP/raw/main/clip/", BLOB],
-                 "924691ac288e54409236115652ad4aa250f48203de50a9e4722a6ecd48d6804a"),
-    **{f"base_{s}.pth": (None, "MIT", ["https://huggingface.co/thuteam/DETRIS/resolve/main/base/"], digest)
-       for s, digest in (("refcoco", "f52c5b00b713281c7c894d17003bd641b11e2a9a993f41e44a4a06ad2ca431d5"),
-                         ("refcoco+", "cdcc780f9ee49b561db0a6812dd5ec3879227d5e1aff049056c0ff170cf01899"),
-                         ("refcocog_u", "afec3bca7f02abde52713b4b2de4a13aa1a9a72312dc959e238e8595a0fc7e79"),
-                         ("refcocog_g", "c5ac5531fdb02df8caecde84329c48e77dd845f8063a6cd1a705f8ac2ccd4c5c"))},
-    **{f"{s}.zip": (size, "see source", [WEB.format(hour)], digest) for s, hour, size, digest in (
-        ("refcocog", "012904", 56712951, "3d1f7e5b2ff2205940bf59de55f861f5f2cc1403fb980669933a7f9af1aa8211"),
-        ("refcoco+", "011656", 45613210, "5f1238112d63199e68da54a28f201471909b21ded7ed79a57d51b4c1443c6b45"),
-        ("refcoco", "011718", 53993993, "7f924bb7ed8dc4568058e4ff626281918d56e5206f4c868c5a80f088f38c8bf0"))},
-    "images/train2014.zip": (13_510_573_713, "Flickr's terms", ["http://images.cocodataset.org/zips/",
-        "https://s3.amazonaws.com/images.cocodataset.org/zips/"], "0da8c0bd3d6becc4dcb32757491aca88"),
-}
-RELEASES = {"detris_b_" + f[5:-4]: [f, VOCABULARY] for f in FILES if f.startswith("base_")}  # the authors'
-NEEDS = {                              # what a person asks for -> its files
-    **{f"dcris_{v}": [f"dinov2_vit{v}14_reg4_pretrain.pth", "ViT-B-16.pt", VOCABULARY] for v in "bsl"},
-    **RELEASES, **{f[:-4]: [f] for f in FILES if f.startswith("refcoco")}, "coco": ["images/train2014.zip"],
-}
+FORMAT = "dcris 1"  # of our checkpoints; to be counted up when old files no longer fit
+VOCABULARY = "bpe_simple_vocab_16e6.txt.gz"  # CLIP's
 
-def fault(path: str | Path, size: int | None, digest: str = "") -> str:
-    """What is wrong with a file: that it is missing, its size, or its hash if one is given; else ""."""
+
+# ---- a model ----
+
+
+def load_model(path_or_name: str | Path, device: str = "cpu", weights: str = "") -> DCRIS:
+    """The model of a checkpoint, in eval mode, with its tokenizer.
+
+    path_or_name: a checkpoint, ours or the authors', or the name of a release such as
+    detris_b_refcoco, which is fetched. weights: the folder of the released encoders, if it is no
+    longer where the checkpoint says. Raises OSError or ValueError, which name the file.
+    """
+    saved = read_checkpoint(path_or_name)
+    config = Config(**saved["config"])
+    if weights:
+        config = replace(config, weights=weights)
+    return restore_model(saved, config).to(device).eval()
+
+
+def new_model(config: Config) -> DCRIS:
+    """A model to be trained: the encoders that config.weights names, all else at random."""
+    model = DCRIS(config)
+    load_encoders(model)
+    model.tokenizer = tokenizer_for(config)
+    return model
+
+
+def restore_model(saved: dict, config: Config) -> DCRIS:
+    """The model that read_checkpoint gave; config is the checkpoint's own, perhaps with changes."""
+    model = DCRIS(config)
+    encoders = encoder_keys(model)
+    path = saved["path"]
+
+    if encoders.isdisjoint(saved["model"]):  # the checkpoint left the released encoders out
+        if config.weights == "none":
+            raise ValueError(f"{path} holds no encoders: name their folder with --weights")
+        load_encoders(model)
+        load_checked(model, saved["model"], new=encoders, source=path)
+    else:
+        load_checked(model, saved["model"], source=path)
+        model.keeps_encoders = True
+
+    model.tokenizer = tokenizer_for(config)
+    return model
+
+
+def tokenizer_for(config: Config) -> Tokenizer:
+    """CLIP's where the encoders are the released ones. Others read ids that need no file."""
+    if are_released(config.weights):
+        return Tokenizer(find_file(VOCABULARY, config.weights), config.vocab_size)
+    return Tokenizer(None, config.vocab_size)
+
+
+def are_released(weights: str) -> bool:
+    """Whether --weights names a folder of released files, and not "none" or a .pt file of ours."""
+    return weights != "none" and not weights.endswith(".pt")
+
+
+def encoder_keys(model: DCRIS) -> set[str]:
+    """State-dict names of both encoders, without what a method added to them."""
+    inside = {name for name in model.state_dict() if name.startswith(("vision.", "text."))}
+    return inside - adapter_keys(model)
+
+
+# ---- checkpoints ----
+
+
+def save_checkpoint(
+    path: str | Path,
+    model: DCRIS,
+    optimizer: torch.optim.Optimizer | None = None,
+    step: int = 0,
+    best: float = 0.0,
+    validated: int = 0,
+) -> None:
+    """Write all that is needed to use the model and to go on training it, as one dict.
+
+    The frozen encoders are left out where they are released files, which everyone can fetch. The
+    file is never half written: a kill or a full disk leaves the old one as it was.
+    """
+    left_out = set()
+    if not getattr(model, "keeps_encoders", True):  # set by load_encoders
+        left_out = encoder_keys(model)
+    state = model.state_dict()  # parameters, and the running averages of BatchNorm
+
+    saved = {
+        "format": FORMAT,
+        "config": vars(model.config),
+        "model": {name: state[name] for name in state if name not in left_out},
+        "optimizer": None,
+        "step": step,  # steps done
+        "best": best,  # the best mIoU on val so far
+        "validated": validated,  # the step of the last score on val
+    }
+    if optimizer is not None:
+        saved["optimizer"] = optimizer.state_dict()
+
+    def write(file) -> None:
+        torch.save(saved, file)
+
+    write_whole(path, write)
+
+
+def read_checkpoint(path_or_name: str | Path) -> dict:
+    """What save_checkpoint wrote, on the CPU and checked, with the file's "path" added.
+
+    The authors' file, or the name of one of their releases, comes in the same form. Raises
+    FileNotFoundError or ValueError; both name the file.
+    """
+    path = fetch_release(path_or_name)
     if not os.path.isfile(path):
-        return "missing"
-    if size not in (None, os.path.getsize(path)):         # costs nothing, so first
-        return f"damaged: {os.path.getsize(path)} bytes instead of {size}"
-    with open(path, "rb") as file:
-        found = digest and hashlib.file_digest(file, "md5" if len(digest) == 32 else "sha256").hexdigest()
-    return "" if found == digest else f"damaged: hash {found} instead of {digest}"
+        releases = " ".join(RELEASES)
+        raise FileNotFoundError(f"{path} is missing; run python train.py or name one of {releases}")
+    saved = read_tensors(path)
+    if "state_dict" in saved:
+        saved = read_detris(saved["state_dict"], path)
+    if saved.get("format") != FORMAT:
+        entries = str(list(saved))[:200]
+        raise ValueError(f"{path} is no checkpoint of ours or the authors: it holds {entries}")
 
-def find(name: str, root: str | Path) -> Path:
-    """Where a file of the table is; FileNotFoundError says what to run where it is missing or cut."""
-    if why := fault(path := Path(root, name), FILES[name][0]):
-        wanted = next(wanted for wanted in NEEDS if name in NEEDS[wanted])
-        raise FileNotFoundError(f"{path} is {why}; run python weights.py {wanted}")
-    return path
+    check_fields(saved, path)
+    return saved | {"path": str(path)}
 
-def download(name: str, root: str | Path = "weights") -> Path:
-    """A file of the table, verified; fetched into root if it is missing. OSError, ValueError: what to do."""
-    import fcntl                                          # not on Windows, where the rest works
-    (size, _, folders, digest), path = FILES[name], Path(root, name)
-    if path.exists():
-        if why := fault(path, size, digest):
-            raise ValueError(f"{path} is {why}; look at it, and move it away to have it fetched again")
-        return path
-    path.parent.mkdir(parents=True, exist_ok=True)
-    urls, failures, failed, most = [folder + path.name for folder in folders], {}, 0, 0  # most bytes
-    with open(f"{path}.part", "ab", buffering=0) as part:
-        fcntl.flock(part, fcntl.LOCK_EX)                  # a second process waits here, then finds the file
-        if path.exists():
-            return download(name, root)                   # verified as any other file
-        while urls and failed < TRIES:
-            url, have = urls.pop(0), part.seek(0, os.SEEK_END)
-            try:
-                append(url, part, have, size)
-                if not (why := fault(part.name, size, digest)):
-                    os.replace(part.name, path)           # only verified bytes ever get this name
-                    return path
-                part.truncate(0)                          # an old part may be to blame: then once more
-                raise (requests.RequestException if have else ValueError)(why)
-            except (requests.RequestException, ValueError) as why:
-                failures[url] = f"\n  {url}: {str(why)[:150]}"
-                print(failures[url], file=sys.stderr)
-                urls += [] if isinstance(why, ValueError) else [url]      # again, after the other places
-                have = part.seek(0, os.SEEK_END)
-                failed, most = 0 if have > most else failed + 1, max(have, most)
-                time.sleep(min(60, PAUSE * 2 ** failed) if urls else 0)
-    if not os.path.getsize(part.name):
-        os.remove(part.name)
-    raise OSError(f"{path} could not be fetched:{''.join(failures.values())}\nOpen {folders[0]}{path.name} "
-                  f"elsewhere, save it as {path}, and run this again: it checks the hash, {digest}")
 
-def fetched(name: str | Path) -> str | Path:
-    """The file of a release by its name, downloaded with what it needs; any other path as it is."""
-    return [*map(download, RELEASES[name])][0] if name in RELEASES else name
+FIELDS = {  # of a checkpoint, and their types
+    "config": dict,
+    "model": dict,
+    "optimizer": (dict, type(None)),
+    "step": int,
+    "best": (int, float),
+    "validated": int,
+}
 
-def append(url: str, part, have: int, size: int | None) -> None:
-    """Of url what the open file part lacks. RequestException: try again; ValueError: this is not the file."""
-    ask = {"Accept-Encoding": "identity", "Range": f"bytes={have}-"}  # packed, it could not be resumed
-    with requests.get(url, headers=ask, stream=True, timeout=TIMEOUT) as reply:
-        status, kind = reply.status_code, reply.headers.get("Content-Type", "")
-        if status == 416:                                 # nothing beyond what is here: the hash will judge
-            return
-        whole = f"bytes 0-/{reply.headers.get('Content-Length', size)}"   # if it ignores Range
-        start, span = (have, reply.headers.get("Content-Range", "")) if status == 206 else (0, whole)
-        total = int((re.fullmatch(rf"bytes {start}-\d*/(\d+)", span) or [0, -1])[1])
-        if status not in (200, 206) or "text/html" in kind or total < 0 or size not in (None, total):
-            raise (requests.HTTPError if status == 429 or status >= 500 else ValueError)(
-                f"answers {status} {kind}, {span}; expected {size or 'all'} bytes from {have}")
-        if total - start > shutil.disk_usage(os.path.dirname(part.name)).free:
-            raise OSError(f"{part.name}: {(total - start) / 1e9:.1f} GB are to come, the disk has less free")
-        part.truncate(start)                              # to nothing, if the server begins anew
-        done = start
-        for chunk in progress(reply.iter_content(1 << 16), total, f"bytes of {part.name[:-5]}", start, len):
-            done += part.write(chunk[:total - done])
-            if done == total:
-                return os.fsync(part.fileno())            # on the disk before it gets its name
-        raise requests.ConnectionError(f"closed after {done} of {total} bytes")     # what came is kept
 
-def write_whole(path: Path, write) -> None:
-    """write(file) under another name, then rename: path is whole at any moment, the old one or the new."""
-    temporary = Path(f"{path}.tmp")                       # one name: what a kill leaves is overwritten
+def check_fields(saved: dict, path: str | Path) -> None:
+    """Raise ValueError unless checkpoint and config hold what save_checkpoint puts there."""
+    for name, kind in FIELDS.items():
+        value = saved.get(name)
+        if not isinstance(value, kind):
+            raise ValueError(f"{path} is damaged: its {name} is {str(value)[:80]!r}")
+
+    types = {field.name: field.type for field in fields(Config)}
+    for name, value in saved["config"].items():
+        if name not in types:
+            raise ValueError(f"{path} is of another version: Config has no {name}")
+        if not has_type(value, types[name]):
+            raise ValueError(f"{path} is damaged: its config has {name} {value!r}")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except (OSError, RuntimeError) as why:                # torch calls a full disk a RuntimeError
-        raise OSError(f"{path} is as it was, nothing new is written (free space or change the folder): {why}")
-    finally:
-        temporary.unlink(missing_ok=True)
+        Config(**saved["config"])
+    except ValueError as why:
+        raise ValueError(f"{path}: its config is impossible: {why}") from None
 
-def save_image(image, path: str | Path) -> None:          # a PIL image, as PNG
-    write_whole(Path(path), lambda file: image.save(file, "PNG"))
 
-def unpack(path: Path) -> None:
-    """data/refcoco.zip -> data/refcoco/{refs(...).p, instances.json}: no other member, only whole files."""
-    import fcntl
-    folder = path.with_suffix("")                         # refcoco.zip -> refcoco
-    try:
-        with open(path, "rb") as file, zipfile.ZipFile(file) as archive:
-            fcntl.flock(file, fcntl.LOCK_EX)              # of two processes the second finds it done
-            for member in archive.infolist():             # only the last part of a member's path is used
-                name = re.fullmatch(r"(?:.*/)?(refs\(\w+\)\.p|instances\.json)", member.filename)
-                if name and member.file_size < 1 << 30 and fault(folder / name[1], member.file_size):
-                    with archive.open(member) as packed:  # ends at file_size and checks the CRC
-                        write_whole(folder / name[1], lambda file: shutil.copyfileobj(packed, file))
-    except (zipfile.BadZipFile, zipfile.zlib.error, EOFError, RuntimeError, ValueError) as why:
-        raise ValueError(f"{path} cannot be unpacked: {why}") from why
+def has_type(value, kind: type) -> bool:
+    if kind is float:
+        return type(value) in (int, float)
+    if kind is tuple:  # of block numbers or epochs
+        return type(value) in (list, tuple) and all(type(number) is int for number in value)
+    return type(value) is kind
 
-class Record(dict):
-    """Stands in for any module class of a TorchScript archive: its tensors by dotted name, and no more."""
-    def __setstate__(self, attributes: dict) -> None:
-        for name, value in attributes.items():
-            if isinstance(value, Record):                 # emptied, lest a hostile file nest it without end
-                self.update({f"{name}.{k}": value.pop(k) for k in list(value)})
-            elif isinstance(value, Tensor):
-                self[name] = value
 
-def read_tensors(path: str | Path) -> dict:
-    """What torch.save or torch.jit.save wrote, by torch's weights-only reader; ValueError for all else."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            kept = [m for m in archive.infolist() if not re.search(r"/code/|/constants\.pkl$", m.filename)]
-            if any(m.compress_type for m in kept):
-                raise ValueError("it is compressed, which torch never does")
-            if len(kept) == len(archive.infolist()):      # no code: torch.save wrote it
-                return dict(torch.load(path, map_location="cpu", weights_only=True, mmap=True))
-            with zipfile.ZipFile(copy := io.BytesIO(), "w") as plain:     # torch.jit would compile the code
-                for member in kept:
-                    plain.writestr(member.filename, archive.read(member))         # checks the CRC
-        copy.seek(0)
-        named = torch.serialization.get_unsafe_globals_in_checkpoint(copy)
-        copy.seek(0)
-        stand_ins = [(Record if n.startswith("__torch__.") else list, n) for n in named  # all else: refused
-                     if n.startswith(("__torch__.", "torch.jit._pickle.build_"))]
-        with torch.serialization.safe_globals(stand_ins):
-            return dict(torch.load(copy, map_location="cpu", weights_only=True))
-    except Exception as why:                              # whatever a missing or foreign file brings up
-        reason = re.split(r"WeightsUnpickler error:|trusted source.", str(why))[-1].strip().partition("\n")[0]
-        raise ValueError(f"{path} is missing, damaged or no file of tensors: {reason}") from None
+@torch.no_grad()
+def merge_lora(model: DCRIS) -> None:
+    """Write every LoRA into the weights it changes: the same outputs from a model without any.
 
-def load_checked(module: nn.Module, state: dict, new: str | None = None) -> None:
-    """Load state whole; only keys with `new` in their name may be missing (".adapter.": those train)."""
-    ours = {k: tuple(v.shape) for k, v in module.state_dict().items()}
-    came = {k: tuple(v.shape) if isinstance(v, Tensor) else type(v) for k, v in state.items()}
-    faults = {"missing": [k for k in ours if k not in came and (new is None or new not in k)],
-              "not ours": [str(k) for k in came if k not in ours],
-              "misshapen": [f"{k} {came[k]} for {ours[k]}" for k in ours if came.get(k, ours[k]) != ours[k]]}
-    if misfits := [f"{len(keys)} {what}, {', '.join(keys[:5])}" for what, keys in faults.items() if keys]:
-        raise ValueError("weights do not fit: " + "; ".join(misfits))
-    module.load_state_dict(state, strict=False)           # every key is accounted for
+    The encoders are then no longer the released ones, so checkpoints hold them (method "full").
+    """
+    for module in model.modules():
+        lora = getattr(module, "lora", None)
+        if lora is None:
+            continue
+        vision = isinstance(module, VisionAttention)
+        weight = module.qkv.weight if vision else module.in_proj_weight
+        weight.copy_(lora(weight))
+        module.lora = None
+
+    model.config = replace(model.config, method="full", visual_layers=(), text_layers=())
+    model.keeps_encoders = True
+
+
+def save_image(image, path: str | Path) -> None:
+    """A Pillow image, as PNG whatever the path's ending; never half written."""
+
+    def write(file) -> None:
+        image.save(file, "PNG")
+
+    write_whole(path, write)
+
+
+# ---- encoders from files ----
+
+
+def load_encoders(model: DCRIS) -> None:
+    """Load both encoders from what model.config.weights names; with "none" they stay at random.
+
+    Sets model.keeps_encoders: whether the model's checkpoints hold the encoders. They need not
+    where the encoders stay as they were released.
+    """
+    weights = model.config.weights
+    model.keeps_encoders = not are_released(weights) or model.config.method == "full"
+    if weights == "none":
+        return
+    if weights.endswith(".pt"):
+        load_own_encoders(model, weights)
+        return
+
+    size = {384: "s", 1024: "l"}.get(model.config.vision_width, "b")
+    load_dinov2(model.vision, find_file(f"dinov2_vit{size}14_reg4_pretrain.pth", weights))
+    load_clip_text(model.text, find_file("ViT-B-16.pt", weights))
+
 
 def load_dinov2(vision: nn.Module, path: str | Path) -> None:
-    """DINOv2's released file into our VisionTransformer, adapters aside; ValueError names each misfit."""
-    load_checked(vision, read_tensors(path), new=".adapter.")             # those are ours and train
+    """DINOv2's released file into our VisionTransformer; adapters stay as they are."""
+    load_checked(vision, read_tensors(path), new=adapter_keys(vision), source=path)
+
 
 def load_clip_text(text: nn.Module, path: str | Path) -> None:
-    """The text half of CLIP ViT-B/16, whose file holds half precision, into our TextTransformer."""
-    state, rest = read_tensors(path), ("visual.", "input_resolution", "context_length", "vocab_size")
-    patch = tuple(state.get("visual.conv1.weight", torch.empty(768, 3, 16, 16)).shape)
-    if patch != (768, 3, 16, 16):                         # others have text halves of the same shapes
-        raise ValueError(f"{path} is another CLIP than ViT-B/16: visual.conv1.weight is {patch}")
-    load_checked(text, {k: v for k, v in state.items() if not k.startswith(rest)}, new=".adapter.")
+    """The text half of CLIP ViT-B/16 into our TextTransformer; adapters stay as they are.
 
-DETRIS = {                             # pieces of the authors' names -> ours, replaced from top to bottom
-    ".module.": ".", ".dinov2.": ".vision.", ".txt_backbone.": ".text.", ".dense_branch": ".dense.branch",
-    ".D_fc1.": ".down.", ".D_fc2.": ".up.", ".image_proj.": ".query.", ".text_proj.": ".words.",
-    ".back_proj.": ".back.", ".txt_proj.": ".sentence.", ".cross.multihead_attn.": ".cross.attn.",
-    **{f".fusion{i + 3}.multihead_attn.": f".fuse.{i}." for i in range(3)}, ".proj.vis.4.": ".projector.mix.",
-    ".multihead_attn.": ".cross_attn.", ".proj.txt.": ".projector.kernel.",      # what is left: the decoder's
-    **{f"{theirs}.{i}.": f"{ours}.{part}." for i, part in enumerate(("conv", "bn")) for theirs, ours in (
-        (".f3_proj", ".levels.0"), (".f4_proj", ".levels.1"), (".f5_proj", ".levels.2"), (".aggr", ".merge"),
-        (".coordconv.0.conv1", ".place.0"), (".coordconv.1", ".place.1"),
-        (".proj.vis.1", ".projector.up.0"), (".proj.vis.3", ".projector.up.1"))},
-}
+    The file holds half precision, which loading widens to float32.
+    """
+    state = read_tensors(path)
+    patches = shape_of(state.get("visual.conv1.weight"))
+    if patches != (768, 3, 16, 16):  # the text halves of other CLIPs would fit as well
+        raise ValueError(f"{path} is another CLIP than ViT-B/16: visual.conv1.weight is {patches}")
 
-def from_detris(state: dict) -> dict:
-    """The authors' state in our names; what DETRIS does not know keeps its own: load_checked refuses it."""
-    rename = lambda key: functools.reduce(lambda k, pair: k.replace(*pair), DETRIS.items(), "." + key)[1:]
-    ours = {rename(key): value for key, value in state.items()}
-    if (turned := "neck.levels.2.conv.weight") in ours:   # theirs is a transposed 1x1 convolution
+    image_half = ("visual.", "input_resolution", "context_length", "vocab_size")
+    text_half = {name: state[name] for name in state if not name.startswith(image_half)}
+    load_checked(text, text_half, new=adapter_keys(text), source=path)
+
+
+def load_own_encoders(model: DCRIS, path: str) -> None:
+    """The encoders of another model of ours, without what its method added to them."""
+    other = load_model(path)
+    if are_released(other.config.weights):  # then its text encoder reads CLIP's ids
+        raise ValueError(f"{path} has the released encoders: name their folder with --weights")
+    state = other.state_dict()
+    for name in state.keys() - encoder_keys(other):
+        del state[name]
+    encoders = nn.ModuleDict({"vision": model.vision, "text": model.text})
+    load_checked(encoders, state, new=adapter_keys(encoders), source=path)
+
+
+def load_checked(
+    module: nn.Module,
+    state: dict,
+    new: Set[str] = frozenset(),
+    source: str | Path = "the state",
+) -> None:
+    """Load a state dict in which every name, shape and number is accounted for.
+
+    new: names that may be missing, because they train. source: the file, for the message. Raises
+    ValueError and loads nothing where anything is missing, not ours, misshapen or not finite.
+    """
+    ours = module.state_dict()
+    faults = [f"{name} missing" for name in ours if name not in state and name not in new]
+    for name, value in state.items():
+        if name not in ours:
+            faults.append(f"{name} not ours")
+        elif shape_of(value) != shape_of(ours[name]):
+            faults.append(f"{name} {shape_of(value)} instead of {shape_of(ours[name])}")
+        elif not is_finite(value):
+            faults.append(f"{name} not finite")
+    if faults:
+        more = f" and {len(faults) - 5} more" if len(faults) > 5 else ""
+        raise ValueError(f"{source}: weights do not fit: {', '.join(faults[:5])}{more}")
+    module.load_state_dict(state, strict=False)
+
+
+def shape_of(value) -> tuple[int, ...] | str:
+    if isinstance(value, Tensor):
+        return tuple(value.shape)
+    return type(value).__name__
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """No NaN and no infinity. The extremes show both, 25 times as fast as torch.isfinite of all."""
+    return tensor.numel() == 0 or all(math.isfinite(extreme) for extreme in tensor.aminmax())
+
+
+# ---- the authors' checkpoints (DETRIS) ----
+
+
+def load_detris(model: DCRIS, path: str | Path) -> None:
+    """The authors' checkpoint into a model of its configuration; its optimizer is left out."""
+    load_checked(model, read_checkpoint(path)["model"], source=path)
+    model.keeps_encoders = True
+
+
+def read_detris(state: dict[str, Tensor], path: str | Path) -> dict:
+    """The state dict of an authors' checkpoint in the form of our checkpoints."""
+    try:
+        ours = from_detris(state)
+        config = detris_config(ours)
+    except (AttributeError, IndexError, KeyError, TypeError):
+        raise ValueError(
+            f"{path} is no checkpoint of the authors: its state_dict is foreign"
+        ) from None
+    config["text_length"] = 22 if "refcocog_u" in str(path) else 17  # as they trained
+    rest = {"step": 0, "best": 0.0, "validated": 0}
+    return {"format": FORMAT, "config": config, "model": ours, **rest}
+
+
+def from_detris(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The authors' state dict under our names.
+
+    A name that DETRIS lacks stays as it is, and load_checked refuses it.
+    """
+    ours = {}
+    for theirs, value in state.items():
+        layer, _, last = theirs.removeprefix("module.").rpartition(".")
+        number = re.search(r"(?<=blocks\.)\d+|(?<=layers\.)\d+", layer)
+        if number is None:
+            name = DETRIS.get(layer, layer)
+        else:
+            pattern = layer[: number.start()] + "{}" + layer[number.end() :]
+            name = DETRIS.get(pattern, layer).replace("{}", number[0])
+        ours[f"{name}.{last}"] = value
+
+    turned = "neck.levels.2.conv.weight"
+    if turned in ours:  # theirs is a transposed 1x1 convolution: the same map, axes swapped
         ours[turned] = ours[turned].transpose(0, 1)
     return ours
 
-def detris_config(state: dict) -> dict:
-    """The configuration of an authors' checkpoint, read off the shapes of its state in our names."""
-    size = lambda pattern: next((v.shape[0] for k, v in state.items() if re.fullmatch(pattern, k)), 64)
-    blocks = lambda pattern: sorted({int(m[1]) for m in map(re.compile(pattern).match, state) if m})
-    width, depth = size("vision.norm.bias"), len(blocks(r"vision.blocks.(\d+)"))
-    return PRESETS["detris_b"] | dict(                    # text encoder and head have one size in all of them
-        vision_width=width, vision_depth=depth, vision_heads=width // 64, taps=(depth // 3, 2 * depth // 3),
-        visual_layers=blocks(r"vision.blocks.(\d+).adapter"), visual_rank=size("vision.*adapter.down.bias"),
-        text_layers=blocks(r"text.*blocks.(\d+).adapter"), text_rank=size("text.*adapter.down.bias"))
 
-def load_detris(model: DCRIS, path: str | Path) -> None:
-    """The authors' checkpoint without its optimizer, into a model of the configuration that fits it."""
-    load_checked(model, read_checkpoint(path)["model"])
+def detris_config(state: dict[str, Tensor]) -> dict:
+    """The configuration of an authors' checkpoint, read off its names and shapes (in our names).
 
-def load_encoders(model: DCRIS) -> None:
-    """Both encoders: the released files in the folder config.weights, those in a .pt of ours, or neither."""
-    root, letter = model.config.weights, {384: "s", 1024: "l"}.get(model.config.vision_width, "b")  # S, L, B
-    if root.endswith(".pt"):
-        came = read_checkpoint(root)["model"]
-        state = {k: v for k, v in came.items() if k.startswith(("vision.", "text.")) and ".adapter." not in k}
-        load_checked(nn.ModuleDict({"vision": model.vision, "text": model.text}), state, new=".adapter.")
-    elif root != "none":
-        load_dinov2(model.vision, find(f"dinov2_vit{letter}14_reg4_pretrain.pth", root))
-        load_clip_text(model.text, find("ViT-B-16.pt", root))
+    Text encoder and head have the same size in all of them.
+    """
+    width = len(state["vision.norm.bias"])
+    depth = len(block_numbers(state, r"vision\.blocks\.(\d+)\."))
+    visual_layers = block_numbers(state, r"vision\.blocks\.(\d+)\.adapter\.")
+    text_layers = block_numbers(state, r"text\.transformer\.resblocks\.(\d+)\.adapter\.")
+    first = f"vision.blocks.{visual_layers[0]}.adapter.down.bias"
+    text_first = f"text.transformer.resblocks.{text_layers[0]}.adapter.down.bias"
+    return PRESETS["detris_b"] | {
+        "vision_width": width,
+        "vision_depth": depth,
+        "vision_heads": width // 64,
+        "taps": (depth // 3, 2 * depth // 3),
+        "visual_layers": visual_layers,
+        "visual_rank": len(state[first]),
+        "text_layers": text_layers,
+        "text_rank": len(state[text_first]),
+    }
 
-def tokenizer_for(cfg: Config) -> Tokenizer:
-    """CLIP's where the encoders are the released ones; encoders that began at random need no file."""
-    ids = cfg.weights == "none" or cfg.weights.endswith(".pt")
-    return Tokenizer(None if ids else find(VOCABULARY, cfg.weights), cfg.vocab_size)
 
-def released(model: DCRIS) -> dict:
-    """What a checkpoint leaves out: frozen parameters, if they came from released files."""
-    whole = model.config.weights == "none" or model.config.method == "full" or getattr(model, "whole", False)
-    return {k: p for k, p in model.named_parameters() if not (whole or p.requires_grad)}
+def block_numbers(state: dict[str, Tensor], pattern: str) -> tuple[int, ...]:
+    found = [re.match(pattern, name) for name in state]
+    return tuple(sorted({int(match[1]) for match in found if match}))
 
-def save_checkpoint(path: str | Path, model: DCRIS, *, optimizer=None, step=0, best=0.0, unread=()) -> None:
-    """What trains, BatchNorm's buffers and all that resuming needs, as one dict, never half written."""
-    state = model.state_dict()                            # parameters, and averages of BatchNorm
-    saved = dict(format="dcris 1", config=vars(model.config).copy(), step=step, best=best, unread=unread,
-                 model={k: state[k] for k in sorted(state.keys() - released(model))},
-                 optimizer=optimizer and optimizer.state_dict())
-    write_whole(Path(path), lambda file: torch.save(saved, file))     # a kill leaves the old one whole
 
-def read_checkpoint(path: str | Path) -> dict:
-    """What save_checkpoint wrote, on the CPU, or an authors' file or release in that form; or ValueError."""
-    if fault(path := fetched(path), None):
-        raise FileNotFoundError(f"{path} is missing; run python train.py or name one of {' '.join(RELEASES)}")
-    saved = read_tensors(path)
-    if "neck.sentence.weight" in (state := from_detris(saved.get("state_dict", {}))):
-        config = dict(detris_config(state), text_length=22 if "refcocog_u" in str(path) else 17)  # as trained
-        return dict(config=config, model=state, optimizer=None, step=0, best=0.0)
-    if saved.get("format") != "dcris 1":                  # counted up when old files no longer fit
-        raise ValueError(f"{path} is no checkpoint of ours or the authors: it holds {str([*saved])[:200]}")
-    if unknown := saved["config"].keys() - vars(Config()).keys():
-        raise ValueError(f"{path} is of another version: Config has no {' '.join(sorted(unknown))}")
-    return saved
+# The authors' name of a layer -> ours; {} is the number of a block or layer. What a name ends with
+# (weight, bias, running_mean, ...) is the same on both sides. Encoders keep their released names.
+DETRIS = {
+    # text encoder: CLIP's own layers, then the authors' text adapter
+    "txt_backbone": "text",
+    "txt_backbone.transformer.resblocks.{}.attn": "text.transformer.resblocks.{}.attn",
+    "txt_backbone.transformer.resblocks.{}.attn.out_proj": (
+        "text.transformer.resblocks.{}.attn.out_proj"
+    ),
+    "txt_backbone.transformer.resblocks.{}.ln_1": "text.transformer.resblocks.{}.ln_1",
+    "txt_backbone.transformer.resblocks.{}.mlp.c_fc": "text.transformer.resblocks.{}.mlp.c_fc",
+    "txt_backbone.transformer.resblocks.{}.mlp.c_proj": "text.transformer.resblocks.{}.mlp.c_proj",
+    "txt_backbone.transformer.resblocks.{}.ln_2": "text.transformer.resblocks.{}.ln_2",
+    "txt_backbone.token_embedding": "text.token_embedding",
+    "txt_backbone.ln_final": "text.ln_final",
+    "txt_backbone.transformer.resblocks.{}.adapter.dense_branch1.conv": (
+        "text.transformer.resblocks.{}.adapter.dense.branch1.conv"
+    ),
+    "txt_backbone.transformer.resblocks.{}.adapter.dense_branch1.bn": (
+        "text.transformer.resblocks.{}.adapter.dense.branch1.bn"
+    ),
+    "txt_backbone.transformer.resblocks.{}.adapter.dense_branch2.0.conv": (
+        "text.transformer.resblocks.{}.adapter.dense.branch2.0.conv"
+    ),
+    "txt_backbone.transformer.resblocks.{}.adapter.dense_branch2.0.bn": (
+        "text.transformer.resblocks.{}.adapter.dense.branch2.0.bn"
+    ),
+    "txt_backbone.transformer.resblocks.{}.adapter.dense_branch2.1.conv": (
+        "text.transformer.resblocks.{}.adapter.dense.branch2.1.conv"
+    ),
+    "txt_backbone.transformer.resblocks.{}.adapter.dense_branch2.1.bn": (
+        "text.transformer.resblocks.{}.adapter.dense.branch2.1.bn"
+    ),
+    "txt_backbone.transformer.resblocks.{}.adapter.dense_branch3.0.conv": (
+        "text.transformer.resblocks.{}.adapter.dense.branch3.0.conv"
+    ),
+    "txt_backbone.transformer.resblocks.{}.adapter.dense_branch3.0.bn": (
+        "text.transformer.resblocks.{}.adapter.dense.branch3.0.bn"
+    ),
+    "txt_backbone.transformer.resblocks.{}.adapter.dense_branch3.1.conv": (
+        "text.transformer.resblocks.{}.adapter.dense.branch3.1.conv"
+    ),
+    "txt_backbone.transformer.resblocks.{}.adapter.dense_branch3.1.bn": (
+        "text.transformer.resblocks.{}.adapter.dense.branch3.1.bn"
+    ),
+    "txt_backbone.transformer.resblocks.{}.adapter.D_fc1": (
+        "text.transformer.resblocks.{}.adapter.down"
+    ),
+    "txt_backbone.transformer.resblocks.{}.adapter.D_fc2": (
+        "text.transformer.resblocks.{}.adapter.up"
+    ),
+    # image encoder: DINOv2's own layers, then the DenseCrossAdapter
+    "dinov2": "vision",
+    "dinov2.patch_embed.proj": "vision.patch_embed.proj",
+    "dinov2.blocks.{}.norm1": "vision.blocks.{}.norm1",
+    "dinov2.blocks.{}.attn.qkv": "vision.blocks.{}.attn.qkv",
+    "dinov2.blocks.{}.attn.proj": "vision.blocks.{}.attn.proj",
+    "dinov2.blocks.{}.ls1": "vision.blocks.{}.ls1",
+    "dinov2.blocks.{}.norm2": "vision.blocks.{}.norm2",
+    "dinov2.blocks.{}.mlp.fc1": "vision.blocks.{}.mlp.fc1",
+    "dinov2.blocks.{}.mlp.fc2": "vision.blocks.{}.mlp.fc2",
+    "dinov2.blocks.{}.ls2": "vision.blocks.{}.ls2",
+    "dinov2.norm": "vision.norm",
+    "dinov2.blocks.{}.adapter.dense_branch1.conv": "vision.blocks.{}.adapter.dense.branch1.conv",
+    "dinov2.blocks.{}.adapter.dense_branch1.bn": "vision.blocks.{}.adapter.dense.branch1.bn",
+    "dinov2.blocks.{}.adapter.dense_branch2.0.conv": (
+        "vision.blocks.{}.adapter.dense.branch2.0.conv"
+    ),
+    "dinov2.blocks.{}.adapter.dense_branch2.0.bn": "vision.blocks.{}.adapter.dense.branch2.0.bn",
+    "dinov2.blocks.{}.adapter.dense_branch2.1.conv": (
+        "vision.blocks.{}.adapter.dense.branch2.1.conv"
+    ),
+    "dinov2.blocks.{}.adapter.dense_branch2.1.bn": "vision.blocks.{}.adapter.dense.branch2.1.bn",
+    "dinov2.blocks.{}.adapter.dense_branch3.0.conv": (
+        "vision.blocks.{}.adapter.dense.branch3.0.conv"
+    ),
+    "dinov2.blocks.{}.adapter.dense_branch3.0.bn": "vision.blocks.{}.adapter.dense.branch3.0.bn",
+    "dinov2.blocks.{}.adapter.dense_branch3.1.conv": (
+        "vision.blocks.{}.adapter.dense.branch3.1.conv"
+    ),
+    "dinov2.blocks.{}.adapter.dense_branch3.1.bn": "vision.blocks.{}.adapter.dense.branch3.1.bn",
+    "dinov2.blocks.{}.adapter.D_fc1": "vision.blocks.{}.adapter.down",
+    "dinov2.blocks.{}.adapter.D_fc2": "vision.blocks.{}.adapter.up",
+    "dinov2.blocks.{}.adapter.cross.multihead_attn": "vision.blocks.{}.adapter.cross.attn",
+    "dinov2.blocks.{}.adapter.cross.multihead_attn.out_proj": (
+        "vision.blocks.{}.adapter.cross.attn.out_proj"
+    ),
+    "dinov2.blocks.{}.adapter.cross.image_proj": "vision.blocks.{}.adapter.cross.query",
+    "dinov2.blocks.{}.adapter.cross.text_proj": "vision.blocks.{}.adapter.cross.words",
+    "dinov2.blocks.{}.adapter.cross.back_proj": "vision.blocks.{}.adapter.cross.back",
+    # neck
+    "neck.fusion3.multihead_attn": "neck.fuse.0",
+    "neck.fusion3.multihead_attn.out_proj": "neck.fuse.0.out_proj",
+    "neck.fusion4.multihead_attn": "neck.fuse.1",
+    "neck.fusion4.multihead_attn.out_proj": "neck.fuse.1.out_proj",
+    "neck.fusion5.multihead_attn": "neck.fuse.2",
+    "neck.fusion5.multihead_attn.out_proj": "neck.fuse.2.out_proj",
+    "neck.txt_proj": "neck.sentence",
+    "neck.f3_proj.0": "neck.levels.0.conv",
+    "neck.f3_proj.1": "neck.levels.0.bn",
+    "neck.f4_proj.0": "neck.levels.1.conv",
+    "neck.f4_proj.1": "neck.levels.1.bn",
+    "neck.f5_proj.0": "neck.levels.2.conv",
+    "neck.f5_proj.1": "neck.levels.2.bn",
+    "neck.aggr.0": "neck.merge.conv",
+    "neck.aggr.1": "neck.merge.bn",
+    "neck.coordconv.0.conv1.0": "neck.place.0.conv",
+    "neck.coordconv.0.conv1.1": "neck.place.0.bn",
+    "neck.coordconv.1.0": "neck.place.1.conv",
+    "neck.coordconv.1.1": "neck.place.1.bn",
+    # decoder
+    "decoder.layers.{}.self_attn_norm": "decoder.layers.{}.self_attn_norm",
+    "decoder.layers.{}.cross_attn_norm": "decoder.layers.{}.cross_attn_norm",
+    "decoder.layers.{}.self_attn": "decoder.layers.{}.self_attn",
+    "decoder.layers.{}.self_attn.out_proj": "decoder.layers.{}.self_attn.out_proj",
+    "decoder.layers.{}.multihead_attn": "decoder.layers.{}.cross_attn",
+    "decoder.layers.{}.multihead_attn.out_proj": "decoder.layers.{}.cross_attn.out_proj",
+    "decoder.layers.{}.ffn.0": "decoder.layers.{}.ffn.0",
+    "decoder.layers.{}.ffn.3": "decoder.layers.{}.ffn.3",
+    "decoder.layers.{}.ffn.4": "decoder.layers.{}.ffn.4",
+    "decoder.layers.{}.norm1": "decoder.layers.{}.norm1",
+    "decoder.layers.{}.norm2": "decoder.layers.{}.norm2",
+    "decoder.layers.{}.norm3": "decoder.layers.{}.norm3",
+    "decoder.norm": "decoder.norm",
+    # projector
+    "proj.vis.1.0": "projector.up.0.conv",
+    "proj.vis.1.1": "projector.up.0.bn",
+    "proj.vis.3.0": "projector.up.1.conv",
+    "proj.vis.3.1": "projector.up.1.bn",
+    "proj.vis.4": "projector.mix",
+    "proj.txt": "projector.kernel",
+}
 
-def load_trained(model: DCRIS, saved: dict) -> None:
-    """What a checkpoint holds, over the released encoders where it leaves them out."""
-    if lacking := released(model).keys() - saved["model"].keys():
-        load_encoders(model)
-    load_checked(model, released(model) | saved["model"])
-    model.whole = not lacking         # an authors' file has the encoders in it; so will what comes of it
 
-@torch.no_grad()
-def merge_lora(model: nn.Module) -> None:
-    """Write every LoRA into its table: the same outputs from a model without any, whose method is full."""
-    for attention in model.modules():
-        if isinstance(attention, (Attention, VisionAttention)):
-            table = attention.in_proj_weight if isinstance(attention, Attention) else attention.qkv.weight
-            table.copy_(attention.adapter["table"](table))
-            attention.adapter["table"] = nn.Identity()
-    plain = dict(method="full", visual_layers=(), visual_rank=0, text_layers=(), text_rank=0)
-    model.config = Config(**vars(model.config) | plain)
+# ---- files that nobody vouches for ----
 
-def load_model(path_or_name: str | Path, device: str = "cpu", weights: str = "") -> DCRIS:
-    """A model in eval mode, of a checkpoint or a release's name; weights: the encoders' folder, if moved."""
-    saved = read_checkpoint(path_or_name)
-    model = DCRIS(Config(**saved["config"] | ({"weights": weights} if weights else {})))
-    load_trained(model, saved)
-    return model.to(device).eval()                        # dropout off, BatchNorm by its averages
+
+def read_tensors(path: str | Path) -> dict:
+    """The dict that torch.save or torch.jit.save wrote; nothing in the file is run.
+
+    torch's weights-only reader makes tensors and plain values and refuses all else. But it trusts
+    the bytes: torch 2.13 loads a file with a zeroed megabyte without a word. So we first compare
+    every member of the archive with the checksum that torch.save stored beside it, at some 5 GB/s.
+    We do not map the file into memory (mmap): torch then takes a tensor from whatever bytes its
+    entry points at, also where they are not its own.
+
+    Raises FileNotFoundError, or ValueError for a file with any fault.
+    """
+    if not os.path.isfile(path):
+        raise FileNotFoundError(f"{path} is missing, or not a regular file")
+    try:
+        with zipfile.ZipFile(path) as archive:
+            members = archive.infolist()
+            data = [m for m in members if not re.search(r"/code/|/constants\.pkl$", m.filename)]
+            if any(m.compress_type for m in data):
+                raise ValueError("it is compressed, which torch never does")
+            if len(data) < len(members):  # torch.jit.save wrote it
+                return read_torchscript(archive, data)
+            broken = archive.testzip()
+            if broken:
+                raise ValueError(f"the checksum of {broken} is wrong")
+        return dict(torch.load(path, map_location="cpu", weights_only=True))
+    except Exception as why:  # whatever a damaged or foreign file brings up
+        raise ValueError(f"{path} is damaged or no file of tensors: {reason(why)}") from None
+
+
+def reason(why: Exception) -> str:
+    """The one line of torch's long message that says what is wrong."""
+    last = re.split(r"WeightsUnpickler error:|trusted source.", str(why))[-1]
+    return last.strip().partition("\n")[0]
+
+
+def read_torchscript(archive: zipfile.ZipFile, data: list[zipfile.ZipInfo]) -> dict:
+    """The tensors of a TorchScript archive such as CLIP's, by dotted name.
+
+    torch.jit.load would compile the code in the archive. So we copy its data without the code,
+    which also compares the checksums, and read the copy with the weights-only reader. The copy
+    still asks for the classes of its modules: Record stands in for each.
+    """
+    copy = io.BytesIO()
+    with zipfile.ZipFile(copy, "w") as plain:
+        for member in data:
+            plain.writestr(member.filename, archive.read(member))
+    copy.seek(0)
+    wanted = torch.serialization.get_unsafe_globals_in_checkpoint(copy)
+    copy.seek(0)
+
+    stand_ins = []  # what is not here is refused
+    for name in wanted:
+        if name.startswith("__torch__."):
+            stand_ins.append((Record, name))
+        elif name.startswith("torch.jit._pickle.build_"):  # lists of numbers
+            stand_ins.append((list, name))
+    with torch.serialization.safe_globals(stand_ins):
+        return dict(torch.load(copy, map_location="cpu", weights_only=True))
+
+
+class Record(dict):
+    """Stands in for any module class of a TorchScript archive: its tensors, by dotted name."""
+
+    def __setstate__(self, attributes: dict) -> None:
+        for name, value in attributes.items():
+            if isinstance(value, Record):
+                for inner in list(value):  # emptied, lest a hostile file repeat it without end
+                    self[f"{name}.{inner}"] = value.pop(inner)
+            elif isinstance(value, Tensor):
+                self[name] = value
+
+
+# ---- the released files ----
+
+
+class File(NamedTuple):
+    """A released file. digest: sha256, or md5 if it has 32 digits."""
+
+    bytes: int | None  # None: not known
+    licence: str
+    urls: tuple[str, ...]  # places, the first one first
+    digest: str
+
+
+# place below the folder of weights; of *.zip below the folder of data
+FILES = {
+    "dinov2_vits14_reg4_pretrain.pth": File(
+        88_291_785,
+        "Apache-2.0",
+        ("https://dl.fbaipublicfiles.com/dinov2/dinov2_vits14/dinov2_vits14_reg4_pretrain.pth",),
+        "f433177089a681826f849f194ece3bb48f4d63fb38d32fc837e3dc7a4e5641fb",
+    ),
+    "dinov2_vitb14_reg4_pretrain.pth": File(
+        346_393_545,
+        "Apache-2.0",
+        ("https://dl.fbaipublicfiles.com/dinov2/dinov2_vitb14/dinov2_vitb14_reg4_pretrain.pth",),
+        "73182a088cf94833c94b1666d1c99e02fe87e2007bff57b564fb6206e25dba71",
+    ),
+    "dinov2_vitl14_reg4_pretrain.pth": File(
+        1_217_607_321,
+        "Apache-2.0",
+        ("https://dl.fbaipublicfiles.com/dinov2/dinov2_vitl14/dinov2_vitl14_reg4_pretrain.pth",),
+        "36e4deffbaef061a2576705b0c36f93621e2ae20bf6274694821b0b492551b51",
+    ),
+    "ViT-B-16.pt": File(
+        None,
+        "MIT",
+        (  # the first host is down at times; the second holds what it copies
+            "https://openaipublic.azureedge.net/clip/models/5806e77cd80f8b59890b7e101eabd078d9fb84e6937f9e85e4ecb61988df416f/ViT-B-16.pt",  # noqa: E501 a whole address
+            "https://openaipublic.blob.core.windows.net/clip/models/5806e77cd80f8b59890b7e101eabd078d9fb84e6937f9e85e4ecb61988df416f/ViT-B-16.pt",  # noqa: E501 a whole address
+        ),
+        "5806e77cd80f8b59890b7e101eabd078d9fb84e6937f9e85e4ecb61988df416f",
+    ),
+    VOCABULARY: File(
+        1_356_917,
+        "MIT",
+        (
+            "https://github.com/openai/CLIP/raw/main/clip/bpe_simple_vocab_16e6.txt.gz",
+            "https://openaipublic.blob.core.windows.net/clip/bpe_simple_vocab_16e6.txt.gz",
+        ),
+        "924691ac288e54409236115652ad4aa250f48203de50a9e4722a6ecd48d6804a",
+    ),
+    "base_refcoco.pth": File(
+        None,
+        "MIT",
+        ("https://huggingface.co/thuteam/DETRIS/resolve/main/base/base_refcoco.pth",),
+        "f52c5b00b713281c7c894d17003bd641b11e2a9a993f41e44a4a06ad2ca431d5",
+    ),
+    "base_refcoco+.pth": File(
+        None,
+        "MIT",
+        ("https://huggingface.co/thuteam/DETRIS/resolve/main/base/base_refcoco+.pth",),
+        "cdcc780f9ee49b561db0a6812dd5ec3879227d5e1aff049056c0ff170cf01899",
+    ),
+    "base_refcocog_u.pth": File(
+        None,
+        "MIT",
+        ("https://huggingface.co/thuteam/DETRIS/resolve/main/base/base_refcocog_u.pth",),
+        "afec3bca7f02abde52713b4b2de4a13aa1a9a72312dc959e238e8595a0fc7e79",
+    ),
+    "base_refcocog_g.pth": File(
+        None,
+        "MIT",
+        ("https://huggingface.co/thuteam/DETRIS/resolve/main/base/base_refcocog_g.pth",),
+        "c5ac5531fdb02df8caecde84329c48e77dd845f8063a6cd1a705f8ac2ccd4c5c",
+    ),
+    # the annotations' own host is gone since 2022; these are the Internet Archive's copies
+    "refcoco.zip": File(
+        53_993_993,
+        "see source",
+        (
+            "https://web.archive.org/web/20220413011718id_/https://bvisionweb1.cs.unc.edu/licheng/referit/data/refcoco.zip",  # noqa: E501 a whole address
+        ),
+        "7f924bb7ed8dc4568058e4ff626281918d56e5206f4c868c5a80f088f38c8bf0",
+    ),
+    "refcoco+.zip": File(
+        45_613_210,
+        "see source",
+        (
+            "https://web.archive.org/web/20220413011656id_/https://bvisionweb1.cs.unc.edu/licheng/referit/data/refcoco+.zip",  # noqa: E501 a whole address
+        ),
+        "5f1238112d63199e68da54a28f201471909b21ded7ed79a57d51b4c1443c6b45",
+    ),
+    "refcocog.zip": File(
+        56_712_951,
+        "see source",
+        (
+            "https://web.archive.org/web/20220413012904id_/https://bvisionweb1.cs.unc.edu/licheng/referit/data/refcocog.zip",  # noqa: E501 a whole address
+        ),
+        "3d1f7e5b2ff2205940bf59de55f861f5f2cc1403fb980669933a7f9af1aa8211",
+    ),
+    "images/train2014.zip": File(
+        13_510_573_713,
+        "Flickr's terms",
+        (
+            "http://images.cocodataset.org/zips/train2014.zip",
+            "https://s3.amazonaws.com/images.cocodataset.org/zips/train2014.zip",
+        ),
+        "0da8c0bd3d6becc4dcb32757491aca88",
+    ),
+}
+
+RELEASES = {  # the authors' checkpoints, by the names they have here
+    "detris_b_refcoco": ("base_refcoco.pth", VOCABULARY),
+    "detris_b_refcoco+": ("base_refcoco+.pth", VOCABULARY),
+    "detris_b_refcocog_u": ("base_refcocog_u.pth", VOCABULARY),
+    "detris_b_refcocog_g": ("base_refcocog_g.pth", VOCABULARY),
+}
+
+NEEDS = {  # what a person asks for -> its files
+    "dcris_b": ("dinov2_vitb14_reg4_pretrain.pth", "ViT-B-16.pt", VOCABULARY),
+    "dcris_s": ("dinov2_vits14_reg4_pretrain.pth", "ViT-B-16.pt", VOCABULARY),
+    "dcris_l": ("dinov2_vitl14_reg4_pretrain.pth", "ViT-B-16.pt", VOCABULARY),
+    **RELEASES,
+    "refcoco": ("refcoco.zip",),
+    "refcoco+": ("refcoco+.zip",),
+    "refcocog": ("refcocog.zip",),
+    "coco": ("images/train2014.zip",),
+}
+
+
+def find_file(name: str, root: str | Path) -> Path:
+    """Where a file of the table is. FileNotFoundError says what to run if it is missing or cut."""
+    path = Path(root, name)
+    fault = find_fault(path, FILES[name].bytes)
+    if fault:
+        wanted = next(wanted for wanted, names in NEEDS.items() if name in names)
+        raise FileNotFoundError(f"{path} is {fault}; run python weights.py {wanted}")
+    return path
+
+
+def find_fault(path: str | Path, size: int | None, digest: str = "") -> str:
+    """What is wrong with a file: missing, of another size, or, if one is given, another digest.
+
+    Returns "" if nothing is. Only a digest makes it read the file.
+    """
+    if not os.path.isfile(path):
+        return "missing"
+    found = os.path.getsize(path)
+    if size is not None and found != size:
+        return f"damaged: {found} bytes instead of {size}"
+    if not digest:
+        return ""
+
+    kind = "md5" if len(digest) == 32 else "sha256"
+    with open(path, "rb") as file:
+        computed = hashlib.file_digest(file, kind).hexdigest()
+    if computed != digest:
+        return f"damaged: hash {computed} instead of {digest}"
+    return ""
+
+
+# ---- downloads ----
+
+TIMEOUT = (15, 30)  # seconds to connect; seconds without a byte
+TRIES = 6  # tries in a row that bring nothing new
+PAUSE = 1.0  # seconds before the next try; doubled with each vain one, a minute at most
+
+
+def fetch_release(name_or_path: str | Path) -> str | Path:
+    """The file of a release that is given by its name, fetched if need be; a path as it is."""
+    if name_or_path not in RELEASES:
+        return name_or_path
+    paths = [download(name) for name in RELEASES[name_or_path]]
+    return paths[0]
+
+
+def download(name: str, root: str | Path = "weights") -> Path:
+    """A file of the table below root, verified; fetched if it is not there.
+
+    What has come is kept in NAME.part, and any later try or call goes on from its end. Only when
+    size and digest are right does the part get the file's name. Of two processes that want the
+    same file the second waits for the first.
+
+    The places are asked in the order of the table. A place that does not have the file (its answer
+    is an error, a web page, a file of another size or with another digest) is not asked again. A
+    place that fails in passing (no connection, silence, a cut, "too many requests", a fault of its
+    server) is asked again after the other places, and before that we pause, longer each time. We
+    give up when no place is left, or after TRIES tries in a row that brought no new byte. If a part
+    from before turns out wrong at the end, it is thrown away, and its place is asked once more.
+
+    Raises OSError, with every place's last answer and what to do by hand, or where the disk has too
+    little space; ValueError if a file of this name is there but damaged.
+    """
+    file = FILES[name]
+    path = Path(root, name)
+    part = Path(root, f"{name}.part")
+    if path.exists():
+        fault = find_fault(path, file.bytes, file.digest)
+        if fault:
+            raise ValueError(f"{path} is {fault}; look at it, and move it away to fetch it again")
+        return path
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part.touch()
+    with lock(part, "ab"):
+        if not path.exists():
+            fetch(file, path, part)
+            return path
+    return download(name, root)  # another process fetched it: verify it as any other file
+
+
+def lock(path: Path, mode: str) -> contextlib.AbstractContextManager:
+    """Until the end of a `with` no other process gets past here with this file; others wait.
+
+    Windows has no fcntl, so there nobody waits: two programs that fetch one file at the same time
+    would mix its bytes, which the digest finds.
+    """
+    try:
+        import fcntl
+    except ImportError:
+        return contextlib.nullcontext()
+    file = open(path, mode)  # noqa: SIM115 the caller's `with` closes it
+    fcntl.flock(file, fcntl.LOCK_EX)
+    return file
+
+
+def fetch(file: File, path: Path, part: Path) -> None:
+    """Complete the part and give it its name, by the rule in download's docstring."""
+    places = list(file.urls)
+    failures = {}
+    vain = 0
+    most = 0  # bytes that were there at best
+    while places and vain < TRIES:
+        url = places.pop(0)
+        try:
+            fetch_from(url, file, part)
+            os.replace(part, path)
+            return
+        except (requests.RequestException, ValueError) as why:
+            failures[url] = f"  {url}: {str(why)[:150]}"
+            if not isinstance(why, ValueError):
+                places.append(url)
+        print(failures[url], file=sys.stderr)
+
+        have = part.stat().st_size
+        vain = 0 if have > most else vain + 1
+        most = max(have, most)
+        if places:
+            time.sleep(min(60, PAUSE * 2**vain))
+
+    if part.stat().st_size == 0:
+        part.unlink()
+    answers = "\n".join(failures.values())
+    raise OSError(
+        f"{path} could not be fetched:\n{answers}\nOpen {file.urls[0]} elsewhere, save it as "
+        f"{path}, and run this again: it checks the hash, {file.digest}"
+    )
+
+
+def fetch_from(url: str, file: File, part: Path) -> None:
+    """Complete the part from one place and verify it.
+
+    Raises ValueError if the place lacks the file, RequestException if a second try may help.
+    """
+    have = part.stat().st_size
+    append_rest(url, part, file.bytes)
+    fault = find_fault(part, file.bytes, file.digest)
+    if fault:
+        os.truncate(part, 0)
+        if have:  # what was there before may be to blame
+            raise requests.RequestException(fault)
+        raise ValueError(fault)
+
+
+def append_rest(url: str, part: Path, size: int | None) -> None:
+    """Append to the part what it lacks of the file at url. Errors as fetch_from."""
+    have = part.stat().st_size
+    headers = {"Range": f"bytes={have}-", "Accept-Encoding": "identity"}  # packed, it has no rest
+    with requests.get(url, headers=headers, stream=True, timeout=TIMEOUT) as reply:
+        if reply.status_code == 416:  # there is nothing beyond what we have: the digest will judge
+            return
+        start, total = read_headers(reply, have, size)
+        if total - start > shutil.disk_usage(part.parent).free:
+            raise OSError(f"{part}: {total - start:,} bytes are to come, the disk has less free")
+
+        with open(part, "ab") as file:
+            file.truncate(start)  # to nothing, where the server begins anew
+            done = start
+            pieces = reply.iter_content(1 << 16)
+            for piece in progress(pieces, total, f"bytes of {part.stem}", start, size=len):
+                done += file.write(piece[: total - done])
+                if done == total:
+                    file.flush()
+                    os.fsync(file.fileno())  # on the disk before it gets its name
+                    return
+    raise requests.ConnectionError(f"closed after {done} of {total} bytes")
+
+
+def read_headers(reply: requests.Response, have: int, size: int | None) -> tuple[int, int]:
+    """From which byte on the reply sends the file, and the bytes of the whole file."""
+    status = reply.status_code
+    kind = reply.headers.get("Content-Type", "")
+    if status == 206:  # the rest that we asked for
+        start = have
+        span = reply.headers.get("Content-Range", "")
+    else:
+        start = 0
+        span = f"bytes 0-/{reply.headers.get('Content-Length', size)}"
+
+    answer = f"answers {status} {kind}, {span}; expected {size or 'all'} bytes from {have}"
+    if status == 429 or status >= 500:
+        raise requests.HTTPError(answer)
+    found = re.fullmatch(rf"bytes {start}-\d*/(\d+)", span)
+    if found is None or status not in (200, 206) or "text/html" in kind:
+        raise ValueError(answer)
+    total = int(found[1])
+    if size not in (None, total):
+        raise ValueError(answer)
+    return start, total
+
+
+def unpack(path: Path) -> None:
+    """data/refcoco.zip -> data/refcoco/refs(...).p and instances.json, and nothing else."""
+    try:
+        with lock(path, "rb"), zipfile.ZipFile(path) as archive:
+            for member in archive.infolist():
+                unpack_member(archive, member, path.with_suffix(""))
+    except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, ValueError) as why:
+        raise ValueError(f"{path} cannot be unpacked: {why}") from why
+
+
+def unpack_member(archive: zipfile.ZipFile, member: zipfile.ZipInfo, folder: Path) -> None:
+    """Write a member that we need into the folder, whole or not at all, unless it is there."""
+    found = re.fullmatch(r"(?:.*/)?(refs\(\w+\)\.p|instances\.json)", member.filename)
+    if found is None or member.file_size >= 1 << 30:
+        return
+    target = folder / found[1]  # the last part of its name only, so it cannot leave the folder
+    if not find_fault(target, member.file_size):
+        return
+
+    with archive.open(member) as packed:  # ends at file_size and compares the checksum
+
+        def write(file) -> None:
+            shutil.copyfileobj(packed, file)
+
+        write_whole(target, write)
+
+
+# ---- command line ----
+
 
 def main(argv: list[str] | None = None) -> None:
-    p = argparse.ArgumentParser(description="List, fetch, check released files; exit 1: one is missing")
-    p.add_argument("names", nargs="*", help="none: the list of all files; else " + " ".join(NEEDS))
-    p.add_argument("--weights", default="weights", help="folder of the weights")
-    p.add_argument("--data_root", default="data", help="folder of the data (*.zip)")
-    args = p.parse_args(argv)
-    if unknown := set(args.names) - set(NEEDS):
-        p.error(f"no {' '.join(unknown)}; there are {' '.join(NEEDS)}")
-    root = lambda name: args.data_root if name.endswith(".zip") else args.weights
+    parser = argparse.ArgumentParser(description="List, fetch and check the released files.")
+    names = " ".join(NEEDS)
+    parser.add_argument("names", nargs="*", help=f"what to fetch, of {names}; none: list all files")
+    parser.add_argument("--weights", default="weights", help="folder of the weights (%(default)s)")
+    parser.add_argument(
+        "--data_root", default="data", help="folder of the data, *.zip (%(default)s)"
+    )
+    args = parser.parse_args(argv)
+
+    unknown = [name for name in args.names if name not in NEEDS]
+    if unknown:
+        parser.error(f"no {' '.join(unknown)}; there are {names}")
+    if not args.names:
+        list_files(args.weights, args.data_root)
+        return
     try:
-        for name in (file for asked in args.names for file in NEEDS[asked]):
-            print(path := download(name, root(name)))
-            if name.startswith("refcoco"):                # train2014.zip is read packed
-                unpack(path)
-    except (OSError, ValueError, KeyboardInterrupt) as why:
-        p.exit(1, f"{str(why) or 'stopped; what came is kept, the same command goes on from there'}\n")
-    for name, (size, licence, _, digest) in ({} if args.names else FILES).items():
-        state = fault(path := Path(root(name), name), size, digest) or "present"    # reads it through
-        state = "unpacked" if state == "missing" and path.with_suffix("").is_dir() else state
-        print(f"{size or '?':>11}  {licence:<14}  {path}: {state}", flush=True)
+        for wanted in args.names:
+            fetch_all(NEEDS[wanted], args.weights, args.data_root)
+    except KeyboardInterrupt:
+        sys.exit("weights.py: stopped; what came is kept, the same command goes on from there")
+
+
+def list_files(weights: str, data_root: str) -> None:
+    """A line for each file. Those that are there are read through, to compare their digests."""
+    for name, file in FILES.items():
+        path = Path(folder_of(name, weights, data_root), name)
+        state = find_fault(path, file.bytes, file.digest) or "present"
+        if state == "missing" and path.with_suffix("").is_dir():
+            state = "unpacked"
+        print(f"{file.bytes or '?':>11}  {file.licence:<14}  {path}: {state}", flush=True)
+
+
+def fetch_all(names: tuple[str, ...], weights: str, data_root: str) -> None:
+    for name in names:
+        path = download(name, folder_of(name, weights, data_root))
+        print(path)
+        if name.startswith("refcoco"):  # train2014.zip is read as it is
+            unpack(path)
+
+
+def folder_of(name: str, weights: str, data_root: str) -> str:
+    return data_root if name.endswith(".zip") else weights
+
 
 if __name__ == "__main__":
-    main()
+    run_as_program(main)
