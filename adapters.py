@@ -287,8 +287,8 @@ def batch_norm_over_processes(x: Tensor, bn: nn.BatchNorm1d | nn.BatchNorm2d) ->
     The law of total variance joins the processes' own averages: the variance of all samples is the
     mean of the processes' variances plus the variance of their means.
 
-    torch's SyncBatchNorm would compute the same, but it refuses to run on CPUs, where we test that
-    two processes equal one, and it cuts a compiled model into many graphs.
+    torch's SyncBatchNorm would compute the same, but it refuses to train on CPUs, where we test
+    that two processes equal one, and under torch.compile it cuts the model into many graphs.
     """
     world = dist.get_world_size()
     dims = [0, *range(2, x.dim())]  # all but the channels

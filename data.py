@@ -1128,6 +1128,22 @@ def render(things: list[Thing], side: int, rng: np.random.Generator) -> Image.Im
     return Image.fromarray(picture.clip(0, 255).astype(np.uint8))
 
 
+def draw_labels(things: list[Thing], side: int) -> np.ndarray:
+    """What lies at each place of a scene: uint8 (3, side, side), its kind, its colour, its size.
+
+    They count from 1 in the order of KINDS, COLOURS and SIZES; 0 is the ground.
+    """
+    labels = []
+    for attribute, names in (("kind", KINDS), ("colour", COLOURS), ("size", SIZES)):
+        canvas = Image.new("L", (side, side))
+        draw = ImageDraw.Draw(canvas)
+        for thing in things:
+            number = list(names).index(getattr(thing, attribute)) + 1
+            draw.polygon(outline(thing, side), fill=number)
+        labels.append(np.asarray(canvas))
+    return np.stack(labels)
+
+
 def to_colour(values):
     return tuple(values.astype(int).tolist())
 
@@ -1212,6 +1228,30 @@ def draw_order(seed, epoch, objects, group):
     rng = np.random.default_rng([seed, epoch])
     firsts = group * rng.permutation(objects // group)
     return (firsts[:, None] + np.arange(group)).ravel()
+
+
+class SceneBatches(torch.utils.data.Dataset):
+    """Batches of rendered scenes without any phrase, to pretrain the small image encoder on.
+
+    Each is a function of its number alone. cells: side of the grid that the labels are drawn on.
+    """
+
+    BATCH = 32  # scenes
+
+    def __init__(self, image_size: int, cells: int):
+        self.image_size = image_size
+        self.cells = cells
+
+    def __getitem__(self, number: int) -> dict[str, torch.Tensor]:
+        """image uint8 (32, 3, size, size); labels (32, 3, cells, cells), see draw_labels."""
+        rng = np.random.default_rng([number, 2])
+        squares = []
+        labels = []
+        for _ in range(self.BATCH):
+            things = scatter(rng, PALETTES["shapes"])
+            squares.append(letterbox(render(things, Shapes.side, rng), self.image_size))
+            labels.append(draw_labels(things, self.cells))
+        return {"image": to_image(squares), "labels": torch.from_numpy(np.stack(labels)).long()}
 
 
 class EvalBatches(torch.utils.data.Dataset):

@@ -128,6 +128,7 @@ class Config:
     clip: float = option(0.0, "largest gradient norm; 0 does not clip")
     seed: int = option(0, "seed of weights, batches and dropout")
     workers: int = option(4, "processes that load photos")
+    threads: int = option(0, "threads of torch on a CPU; 0 leaves it to torch")
     compile: bool = option(True, "compile the model with torch.compile")
     bf16: bool = option(True, "compute in bfloat16 where autocast allows it")
     device: str = option("auto", "cuda, cuda:1, mps, cpu; auto takes the first that is there")
@@ -136,7 +137,12 @@ class Config:
     resume: str = option("", "checkpoint to go on from, such as out/last.pt")
 
     # instead of training
-    table: int = option(0, "print the rows of this table of the paper (2, 3, 4, 5) and stop")
+    preset: str = option("", "the preset that the command line named")
+    pretrain: bool = option(False, "make the small encoders of --weights anew and stop")
+    table: int = option(
+        0, "print the rows of this table of the paper (2, 3, 4, 5); with --preset tiny, train them"
+    )
+    seeds: int = option(3, "seeds that --table trains each row with")
     benchmark: int = option(0, "time this many steps on random data, print one JSON line and stop")
 
     def __post_init__(self):
@@ -169,6 +175,7 @@ AT_LEAST_ONE = [
     "text_heads",
     "context",
     "text_rank",
+    "seeds",
     "head_width",
     "head_heads",
     "decoder_depth",
@@ -177,7 +184,16 @@ AT_LEAST_ONE = [
     "accumulate",
     "epochs",
 ]
-AT_LEAST_ZERO = ["registers", "lr", "clip", "seed", "workers", "save_minutes", "benchmark"]
+AT_LEAST_ZERO = [
+    "registers",
+    "lr",
+    "clip",
+    "seed",
+    "workers",
+    "threads",
+    "save_minutes",
+    "benchmark",
+]
 
 
 def refuse(cfg: Config, name: str, expected: str) -> None:
@@ -196,8 +212,9 @@ def check_ranges(cfg: Config) -> None:
             refuse(cfg, name, "0 or more")
     if cfg.seed >= 2**32:
         refuse(cfg, "seed", "less than 2 ** 32")
-    if cfg.workers > 1024:
-        refuse(cfg, "workers", "at most 1024 processes")
+    for name in ("workers", "threads"):
+        if getattr(cfg, name) > 1024:
+            refuse(cfg, name, "at most 1024")
     for name in ("dropout", "warmup"):
         if not 0 <= getattr(cfg, name) < 1:
             refuse(cfg, name, "0 or more and less than 1")
@@ -245,6 +262,7 @@ def check_blocks(cfg: Config, name: str, depth: int) -> None:
 
 
 PRESETS = {  # differences from the defaults, nothing else
+    # the paper's recipe in small: see stage one in train.py
     "tiny": {
         "vision_width": 128,
         "vision_depth": 4,
@@ -254,30 +272,32 @@ PRESETS = {  # differences from the defaults, nothing else
         "pos_grid": 8,
         "image_size": 64,
         "taps": (1, 2),
-        "visual_layers": (3,),
+        "visual_layers": (1, 3),
         "visual_rank": 64,
         "text_width": 128,
         "text_depth": 2,
         "text_heads": 4,
         "vocab_size": 2048,
         "context": 24,
-        "text_layers": (1,),
+        "text_length": 12,
+        "text_layers": (0, 1),
+        "text_rank": 32,
         "head_width": 64,
         "head_heads": 4,
-        "decoder_depth": 2,
-        "decoder_ffn": 128,
+        "decoder_depth": 3,
+        "decoder_ffn": 256,
         "dropout": 0.0,
         "calm_start": True,
-        "method": "full",
         "dataset": "shapes",
-        "weights": "none",
+        "weights": "weights/tiny_encoders.pt",
         "batch_size": 16,
-        "epochs": 5,
+        "epochs": 6,
         "lr": 6e-4,
         "schedule": "cosine",
         "warmup": 0.05,
         "clip": 0.2,
         "workers": 1,
+        "threads": 1,
         "compile": False,
     },
     "dcris_s": {"vision_width": 384, "vision_heads": 6},
@@ -328,15 +348,17 @@ def parse_config(argv: list[str] | None = None, saved: dict | None = None) -> Co
     """
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument(
-        "--preset", choices=PRESETS, default="tiny", help="settings to start from (default: tiny)"
+        "--preset", choices=PRESETS, default="", help="settings to start from (default: tiny)"
     )
-    preset = PRESETS[first.parse_known_args(argv)[0].preset]
+    preset = PRESETS[first.parse_known_args(argv)[0].preset or "tiny"]
     defaults = Config(**preset)
 
     parser = argparse.ArgumentParser(
         parents=[first], argument_default=argparse.SUPPRESS, allow_abbrev=False
     )
     for f in fields(Config):
+        if f.name == "preset":
+            continue
         help_line = f"{f.metadata['help']} (default: {getattr(defaults, f.name)})"
         if f.type is bool:
             action = argparse.BooleanOptionalAction
@@ -347,7 +369,6 @@ def parse_config(argv: list[str] | None = None, saved: dict | None = None) -> Co
             choices = CHOICES.get(f.name)
             parser.add_argument(f"--{f.name}", type=f.type, choices=choices, help=help_line)
     flags = vars(parser.parse_args(argv))
-    flags.pop("preset")
 
     settings = saved
     if settings is None:

@@ -18,10 +18,13 @@ import platform
 import signal
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -29,10 +32,17 @@ from torch.utils.benchmark import Timer
 from torch.utils.flop_counter import FlopCounterMode
 
 from data import (
+    COLOURS,
+    KINDS,
+    SIZES,
+    SceneBatches,
+    Shapes,
+    Tokenizer,
     TrainBatches,
     cache_photos,
     make_loader,
     open_dataset,
+    progress,
     read_file,
     run_as_program,
     write_whole,
@@ -47,8 +57,14 @@ from evaluate import (
     start_processes,
     summarise,
 )
-from model import DCRIS, Config, contrastive_loss, parse_config
-from weights import new_model, read_checkpoint, restore_model, save_checkpoint, save_image
+from model import DCRIS, MEAN, PRESETS, STD, Config, contrastive_loss, parse_config
+from weights import (
+    new_model,
+    read_checkpoint,
+    restore_model,
+    save_checkpoint,
+    save_image,
+)
 
 LOG_EVERY = 25  # steps; only then the program waits for the device to read a loss
 
@@ -56,21 +72,28 @@ LOG_EVERY = 25  # steps; only then the program waits for the device to read a lo
 # ---- the loop ----
 
 
-def train(cfg: Config, saved: dict | None = None) -> None:
+def train(cfg: Config, saved: dict | None = None) -> dict:
     """Train by the paper's section 4.2 and write all of --out.
 
-    saved: what weights.read_checkpoint gave for --resume, or None to begin.
+    saved: what weights.read_checkpoint gave for --resume, or None to begin. Returns the scores of
+    the last validation.
     """
     rank, world, device = start_processes(cfg.device)
     say = print if rank == 0 else silent
+    if cfg.threads:
+        torch.set_num_threads(cfg.threads)
+    if is_small_pair_missing(cfg):
+        if rank == 0:
+            print(f"{cfg.weights} is missing, so stage one comes first, once:")
+            pretrain(cfg, device)
+        wait_for_all()
     torch.manual_seed(cfg.seed)
 
     # The model, and the parameters that train.
     raw = restore_model(saved, cfg) if saved else new_model(cfg)
     model = prepare(raw, cfg, device)
     optimizer = make_optimizer(raw, cfg, device)
-    counts = raw.parameter_counts()
-    say("parameters: " + ", ".join(f"{name} {n:,}" for name, n in counts.items()))
+    say(what_trains(raw))
 
     # The data.
     train_set = open_dataset(cfg.dataset, "train", cfg.data_root, cfg.seed, cfg.mix_leaky)
@@ -123,8 +146,7 @@ def train(cfg: Config, saved: dict | None = None) -> None:
             parts = [next(parts_of_steps) for _ in range(cfg.accumulate)]
             lr = cfg.lr * lr_factor(cfg, step / total)
             with signals.held():  # a step is done whole or not at all
-                for group in optimizer.param_groups:
-                    group["lr"] = lr
+                set_lr(optimizer, lr)
                 torch.manual_seed((cfg.seed * total + step) * world + rank)
                 unread.append(train_step(model, optimizer, parts, cfg, device))
                 step += 1
@@ -156,6 +178,7 @@ def train(cfg: Config, saved: dict | None = None) -> None:
         save_checkpoint(out / "last.pt", raw, optimizer, step, best, validated)
         sys.exit(f"train.py: stopped after step {step}; go on with --resume {out / 'last.pt'}")
     end_processes()
+    return summarise(rows)
 
 
 def train_step(
@@ -214,7 +237,157 @@ def lr_factor(cfg: Config, done: float) -> float:
     return 0.1**steps_passed
 
 
+# ---- stage one of the preset tiny: two small encoders, pretrained apart ----
+
+SCENE_BATCHES = 250  # rendered once and used several times
+IMAGE_STEPS = 1200
+PHRASES = 6000
+TEXT_STEPS = 400
+CELLS = 4  # a patch is 4 x 4 cells; each has labels of its own
+
+
+def pretrain(cfg: Config, device: torch.device) -> None:
+    """Make the small encoders that --weights names: stand-ins for DINOv2 and CLIP.
+
+    The image encoder sees scenes and no phrase, the text encoder phrases and no scene. Nothing
+    tells either which words mean which pixels; that is left to stage two, as in the paper.
+    """
+    if not cfg.weights.endswith(".pt"):
+        raise ValueError(
+            f"--pretrain makes a .pt file, and --weights is {cfg.weights}: leave --pretrain out to "
+            "start from released encoders, or name a file such as weights/tiny_encoders.pt"
+        )
+    started = time.monotonic()
+    torch.manual_seed(0)  # the encoders are the same for every --seed, as released files are
+    bare = replace(cfg, method="full", visual_layers=(), text_layers=(), weights="none")
+    model = new_model(bare).to(device)
+    pretrain_image_encoder(model.vision, cfg, device)
+    pretrain_text_encoder(model.text, model.tokenizer, cfg, device)
+    save_checkpoint(cfg.weights, model)
+    print(f"stage one: {cfg.weights} made in {(time.monotonic() - started) / 60:.1f} min")
+
+
+def pretrain_image_encoder(vision: nn.Module, cfg: Config, device: torch.device) -> list[float]:
+    """Learn to say kind, colour and size of what lies in each cell of a scene. Returns the losses.
+
+    differs: DINOv2 learned by itself, from 142 million photos. Here labels stand in for that, as
+    nothing that learns by itself told the kinds apart in the two minutes that a laptop has.
+    """
+    images, labels = labelled_scenes(cfg)
+    classes = [len(KINDS) + 1, len(COLOURS) + 1, len(SIZES) + 1]  # with the ground
+    head = nn.Linear(cfg.vision_width, CELLS**2 * sum(classes)).to(device)
+    trained = [p for p in [*vision.parameters(), *head.parameters()] if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, weight_decay=0.0)
+
+    losses = []
+    for step in progress(range(IMAGE_STEPS), IMAGE_STEPS, "steps of the image encoder"):
+        set_lr(optimizer, 1e-3 * pretrain_lr_factor(step, IMAGE_STEPS))
+        picked = torch.randint(len(images), (SceneBatches.BATCH,))
+        image = normalise(images[picked].to(device))
+        with precision(cfg.bf16, device):
+            patches = vision(image, None)[-1].flatten(2).transpose(1, 2)  # (B, N, C)
+            guesses = head(patches).float()
+        guesses = guesses.unflatten(2, (CELLS**2, sum(classes))).split(classes, dim=3)
+
+        loss = 0.0
+        for k, guess in enumerate(guesses):  # kind, colour, size: (B, N, cells, classes)
+            truth = labels[picked, k].to(device)  # (B, N, cells)
+            loss = loss + F.cross_entropy(guess.flatten(0, 2), truth.flatten())
+        losses.append(update(optimizer, trained, loss))
+    return losses
+
+
+def pretrain_text_encoder(
+    text: nn.Module, tokenizer: Tokenizer, cfg: Config, device: torch.device
+) -> list[float]:
+    """Learn a sentence vector that tells which words its phrase holds. Returns the losses.
+
+    differs: CLIP learned from photos and their captions. Learning to predict the next word, the
+    usual task for text alone, was far worse than no training: such features are about the word
+    to come.
+    """
+    phrases = Shapes("train", seed=2**31)  # no run trains on these
+    sentences = [phrases.sentences(i)[0] for i in range(PHRASES)]
+    tokens = tokenizer(sentences, cfg.text_length).to(device)
+    words = tokens.unique()[1:]  # without the padding
+    holds = (tokens[:, :, None] == words).any(dim=1).float()  # (phrases, words)
+    head = nn.Linear(cfg.text_width, len(words)).to(device)
+    trained = [p for p in [*text.parameters(), *head.parameters()] if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, weight_decay=0.0)
+
+    losses = []
+    for step in progress(range(TEXT_STEPS), TEXT_STEPS, "steps of the text encoder"):
+        set_lr(optimizer, 1e-3 * pretrain_lr_factor(step, TEXT_STEPS))
+        picked = torch.randint(PHRASES, (64,), device=device)
+        _, sentence = text(tokens[picked])
+        loss = F.binary_cross_entropy_with_logits(head(sentence), holds[picked])
+        losses.append(update(optimizer, trained, loss))
+    return losses
+
+
+def labelled_scenes(cfg: Config) -> tuple[Tensor, Tensor]:
+    """image uint8 (P, 3, s, s), and labels (P, 3, N, cells of a patch)."""
+    side = cfg.image_size // cfg.patch_size
+    scenes = SceneBatches(cfg.image_size, CELLS * side)
+    loader = make_loader(scenes, range(SCENE_BATCHES), cfg.workers)
+    batches = list(progress(loader, SCENE_BATCHES, "batches of scenes"))
+    images = torch.cat([batch["image"] for batch in batches])
+    labels = torch.cat([batch["labels"] for batch in batches])
+    labels = labels.unflatten(3, (side, CELLS)).unflatten(2, (side, CELLS))
+    labels = labels.transpose(3, 4)  # (P, 3, h, w, cells down, cells across)
+    return images, labels.flatten(4).flatten(2, 3)
+
+
+def normalise(image: Tensor) -> Tensor:
+    """uint8 -> float, as DCRIS.forward does it."""
+    mean = 255 * torch.tensor(MEAN, device=image.device).view(3, 1, 1)
+    std = 255 * torch.tensor(STD, device=image.device).view(3, 1, 1)
+    return (image - mean) / std
+
+
+def pretrain_lr_factor(step: int, steps: int) -> float:
+    """Warm-up over a twentieth of the steps, then down to 0 as a cosine."""
+    warmup = min(1.0, (step + 1) / (0.05 * steps))
+    return warmup * (0.5 + 0.5 * math.cos(math.pi * step / steps))
+
+
+def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+
+
+def update(optimizer: torch.optim.Optimizer, trained: list, loss: Tensor) -> float:
+    optimizer.zero_grad()
+    loss.backward()
+    nn.utils.clip_grad_norm_(trained, 1.0)
+    optimizer.step()
+    return loss.item()
+
+
+def is_small_pair_missing(cfg: Config) -> bool:
+    """Only the preset's own file is made by itself; a mistyped --weights is an error instead."""
+    return cfg.weights == PRESETS["tiny"]["weights"] and not Path(cfg.weights).exists()
+
+
 # ---- what the loop leans on ----
+
+
+def what_trains(model: DCRIS) -> str:
+    """Two lines: what is frozen, and what trains beside it, in parameters and percent."""
+    counts = model.parameter_counts()
+    encoders = f"image encoder {counts['vision']:,}, text encoder {counts['text']:,} parameters"
+    head = f"neck {counts['neck']:,}, decoder {counts['decoder']:,}"
+    head += f", projector {counts['projector']:,}"
+    share = counts["adapters"] / counts["backbone"]
+    adapters = f"adapters {counts['adapters']:,} ({share:.1%} of the encoders)"
+    if model.config.method == "full":
+        return f"frozen: nothing\ntrained: {encoders}; {adapters}; {head}"
+    return f"frozen: {encoders}\ntrained: {adapters}; {head}"
+
+
+def wait_for_all() -> None:
+    if dist.is_initialized():
+        dist.barrier()
 
 
 def prepare(raw: DCRIS, cfg: Config, device: torch.device) -> nn.Module:
@@ -225,8 +398,10 @@ def prepare(raw: DCRIS, cfg: Config, device: torch.device) -> nn.Module:
     if cfg.compile:
         model = torch.compile(model)
     if dist.is_initialized():
-        # buffers need no exchange: BatchNorm computes the same averages in every process
-        model = DistributedDataParallel(model, broadcast_buffers=False)
+        model = DistributedDataParallel(model)
+        # Buffers need no exchange at every step: BatchNorm computes the same averages in every
+        # process. The constructor's argument for this is deprecated, the attribute is not.
+        model.broadcast_buffers = False
     return model
 
 
@@ -589,13 +764,135 @@ def print_table(number: int) -> None:
         print(f"{row:<10}{n:>12,} {n / counts['backbone']:8.2%}  {command}")
 
 
+# ---- the same tables in small, trained ----
+
+ALL_BLOCKS = {"visual_layers": (0, 1, 2, 3), "text_layers": (0, 1)}
+TINY_TABLES = {  # number -> row -> settings; in Table 2 every method trains about 210,000 numbers
+    2: {
+        "full": {"method": "full", "visual_layers": (), "text_layers": ()},
+        "frozen": {"method": "frozen"},
+        "adapter": {"method": "adapter", **ALL_BLOCKS, "visual_rank": 136, "text_rank": 136},
+        "compacter": {"method": "compacter", **ALL_BLOCKS, "visual_rank": 400, "text_rank": 400},
+        "lora": {"method": "lora", **ALL_BLOCKS, "visual_rank": 68, "text_rank": 68},
+        "etris": {"method": "etris", "visual_rank": 88, "text_rank": 88},
+        "dcris": {"visual_rank": 32, "text_rank": 16},
+    },
+    3: {
+        "none": {"visual_layers": (), "text_layers": ()},
+        "DA": {"text_layers": ()},
+        "TA": {"visual_layers": ()},
+        "both": {},
+    },
+    4: {
+        "32_32": {"visual_rank": 32, "text_rank": 32},
+        "64_32": {"visual_rank": 64, "text_rank": 32},
+        "64_64": {"visual_rank": 64, "text_rank": 64},
+        "128_64": {"visual_rank": 128, "text_rank": 64},
+    },
+    5: {
+        "3 | 1": {"visual_layers": (3,), "text_layers": (1,)},
+        "1 3 | 0 1": {"visual_layers": (1, 3), "text_layers": (0, 1)},
+        "1 2 3 | 0 1": {"visual_layers": (1, 2, 3), "text_layers": (0, 1)},
+        "0 1 2 3 | 0 1": ALL_BLOCKS,
+    },
+}
+PAPER_COLUMNS = {  # mIoU on RefCOCO val; Table 5: of 1, 6, 8 and 12 of B's 12 blocks
+    2: (65.1, 74.9, 71.2, 73.9, 73.4, 74.5, 76.4),
+    3: (74.9, 75.4, 75.9, 76.4),
+    4: (76.2, 76.4, 76.0, 76.4),
+    5: (75.4, 76.4, 75.7, 76.1),
+}
+RATES = (3e-4, 6e-4, 1.2e-3)  # so that nobody can say the learning rate was chosen for one row
+TABLE_EPOCHS = 1
+
+
+def train_table(cfg: Config) -> None:
+    """Train every row of a table on the same frozen encoders, and print the table.
+
+    A row is trained with each seed, and in Table 2 once with each rate of RATES. What is in the
+    folder --out already is not trained again.
+    """
+    head = f"{'row':<14}{'val mIoU':>9}{'dev.':>6}{'best rate':>11}{'at':>9}{'trained':>11}"
+    lines = [f"{head}{'share':>8}{'minutes':>9}{'paper':>7}"]
+    rows = TINY_TABLES[cfg.table].items()
+    for (row, settings), paper in zip(rows, PAPER_COLUMNS[cfg.table], strict=True):
+        runs = [train_row(cfg, row, settings, seed, cfg.lr) for seed in range(cfg.seeds)]
+        by_rate = {cfg.lr: runs[0]["mIoU"]}
+        if cfg.table == 2:
+            for rate in RATES:
+                by_rate[rate] = train_row(cfg, row, settings, 0, rate)["mIoU"]
+        best_rate = max(by_rate, key=by_rate.get)
+
+        scores = [100 * run["mIoU"] for run in runs]
+        deviation = np.std(scores, ddof=1) if len(scores) > 1 else 0.0
+        minutes = np.mean([run["minutes"] for run in runs])
+        line = f"{row:<14}{np.mean(scores):>9.1f}{deviation:>6.1f}"
+        line += f"{100 * by_rate[best_rate]:>11.1f}{best_rate:>9.0e}{runs[0]['trained']:>11,}"
+        lines.append(f"{line}{runs[0]['share']:>8.1%}{minutes:>9.1f}{paper:>7.1f}")
+    print("\n".join(lines))
+
+
+def train_row(cfg: Config, row: str, settings: dict, seed: int, rate: float) -> dict:
+    """Train one row with one seed and rate, or read the result of that run where it is done.
+
+    Returns mIoU (a fraction), minutes, trained (parameters in the encoders) and their share.
+    """
+    name = row.replace(" | ", "-").replace(" ", "")
+    out = Path(cfg.out, f"table{cfg.table}", name, f"seed{seed}-lr{rate:.0e}")
+    changes = {"epochs": TABLE_EPOCHS, "seed": seed, "lr": rate, "out": str(out), "table": 0}
+    row_cfg = replace(cfg, **settings, **changes)
+    result_path = out / "result.json"
+    if result_path.exists():
+        result = read_file(result_path, json.load, "train this row again")
+        if result["settings"] != as_json(row_cfg):
+            raise ValueError(f"{out} holds a run of other settings: choose another --out")
+        return result
+
+    print(f"table {cfg.table}, row {row}, seed {seed}, learning rate {rate:.0e}")
+    saved = None
+    if (out / "last.pt").exists():
+        saved = read_checkpoint(out / "last.pt")
+        if as_json(Config(**saved["config"])) != as_json(row_cfg):
+            raise ValueError(f"{out} holds a run of other settings: choose another --out")
+    started = time.monotonic()
+    scores = train(row_cfg, saved)
+    minutes = (time.monotonic() - started) / 60
+
+    with torch.device("meta"):
+        counts = DCRIS(row_cfg).parameter_counts()
+    trained = counts["backbone"] if row_cfg.method == "full" else counts["adapters"]
+    result = {
+        "settings": as_json(row_cfg),
+        "mIoU": scores["mIoU"],
+        "minutes": minutes,
+        "trained": trained,
+        "share": trained / counts["backbone"],
+    }
+    write_whole(result_path, lambda file: file.write(json.dumps(result).encode()))
+    return result
+
+
+def as_json(cfg: Config) -> dict:
+    """The settings as a JSON file gives them back: tuples become lists."""
+    return json.loads(json.dumps(vars(cfg)))
+
+
 # ---- command line ----
 
 
 def main(argv: list[str] | None = None) -> None:
     cfg = parse_config(argv)
+    if cfg.table and cfg.preset == "tiny":
+        train_table(cfg)
+        return
     if cfg.table:
         print_table(cfg.table)
+        return
+    if cfg.pretrain:
+        _, _, device = start_processes(cfg.device)
+        if cfg.threads:
+            torch.set_num_threads(cfg.threads)
+        pretrain(cfg, device)
         return
     saved = None
     if cfg.resume:
