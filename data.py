@@ -10,6 +10,7 @@ Below that: a cache of photos, reading and writing files, how all programs repor
 """
 
 import atexit
+import contextlib
 import difflib
 import functools
 import gzip
@@ -1319,6 +1320,7 @@ def to_image(squares):
 
 # ---- loader processes ----
 
+LOADER_SECONDS = 300  # so long one batch may take
 STARTED = {}  # loader process -> the process that started it
 
 
@@ -1348,6 +1350,7 @@ def make_loader(
         num_workers=workers,
         collate_fn=leave_as_it_is,
         prefetch_factor=4 if workers else None,
+        timeout=LOADER_SECONDS if workers else 0,  # else one that died silently is waited for
         pin_memory=pin_memory,
         worker_init_fn=ignore_signals,
     )
@@ -1387,8 +1390,6 @@ def cache_photos(dataset: Dataset, folder: str | Path, size: int, rule: str = "a
 
     The file's name tells data set, size, rule and photos. A second process waits for the first.
     """
-    import fcntl  # Windows has none; its lock ends with its process, however that ends
-
     if dataset.endless:
         raise ValueError(f"{dataset.name} {dataset.split} never repeats a photo: leave --cache out")
     keys = [dataset.photo_key(i) for i in range(len(dataset))]
@@ -1400,8 +1401,7 @@ def cache_photos(dataset: Dataset, folder: str | Path, size: int, rule: str = "a
     name = f"{Path(dataset.name).stem}-{dataset.split}-{size}-{rule}-{len(photos)}-{digest:08x}.u8"
     path = Path(folder) / name
     path.parent.mkdir(parents=True, exist_ok=True)
-    with open(f"{path}.lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with lock(f"{path}.lock", "w"):
         if not path.exists() or path.stat().st_size != len(firsts) * size * size * 3:
             write_cache(path, dataset, firsts, size, rule)
     dataset.cache = PhotoCache(path, rows, size, rule)
@@ -1470,6 +1470,29 @@ def write_whole(path: str | Path, write: Callable):
         temporary.unlink(missing_ok=True)
 
 
+def lock(path: str | Path, mode: str, wait: bool = True) -> contextlib.AbstractContextManager:
+    """The open file, which until the end of a `with` no other process can lock; others wait.
+
+    wait: False raises BlockingIOError where another process has it. A lock ends with its process,
+    however that ends. Windows has no fcntl: there nobody waits and nothing is refused.
+    """
+    try:
+        import fcntl
+    except ImportError:
+        return contextlib.nullcontext()
+    file = open(path, mode)  # noqa: SIM115 (the caller's `with` closes it)
+    if wait:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        return file
+    try:
+        # unlike flock's, this lock is not handed on to loader processes, which may live longer
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        file.close()
+        raise BlockingIOError(f"{path} is locked by another process") from None
+    return file
+
+
 def progress(
     items: Iterable, total: int, what: str, done: int = 0, size: Callable | None = None
 ) -> Iterator:
@@ -1511,6 +1534,11 @@ ADVICE = {  # what an error's message holds -> what to do about it
     "Permission denied": "get the right to it, or choose another folder: --out, --cache",
     "DataLoader worker": "a loader process was killed, mostly for lack of memory (in Docker: "
     "--shm-size): set fewer --workers, or 0",
+    "DataLoader timed out": "the loader processes gave nothing for so long: see that the disk with "
+    "the photos answers, or load in one process with --workers 0",
+    "unable to allocate shared memory": "loader processes need more of it (in Docker: --shm-size): "
+    "set --workers 0",
+    "working C++ compiler": "torch.compile needs one: install it, or set --no-compile",
 }
 
 

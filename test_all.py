@@ -6049,7 +6049,7 @@ def test_the_image_encoder_is_pretrained_without_any_phrase():
     with quick_pretraining(), patch("data.find_nouns", side_effect=AssertionError("a phrase")):
         losses = pretrain_image_encoder(vision, config, CPU)
 
-    assert sum(losses[-5:]) < 0.8 * sum(losses[:5]), losses
+    assert sum(losses[-5:]) < 0.9 * sum(losses[:5]), losses
     assert not torch.equal(vision.blocks[0].mlp.fc1.weight, before["blocks.0.mlp.fc1.weight"])
 
 

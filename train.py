@@ -14,6 +14,7 @@ curves.png and panels.png.
 import contextlib
 import json
 import math
+import os
 import platform
 import signal
 import sys
@@ -40,6 +41,7 @@ from data import (
     Tokenizer,
     TrainBatches,
     cache_photos,
+    lock,
     make_loader,
     open_dataset,
     progress,
@@ -114,7 +116,7 @@ def train(cfg: Config, saved: dict | None = None) -> dict:
 
     out = Path(cfg.out)
     if rank == 0:
-        out.mkdir(parents=True, exist_ok=True)
+        claim_folder(out, cfg.resume, step)
         keep_lines_until(out / "log.jsonl", step, validated)
         log = TrainingLog(out, step, total, cfg)
     signals = StopSignals(rank)
@@ -174,6 +176,7 @@ def train(cfg: Config, saved: dict | None = None) -> dict:
             print(f"look at {out}/panels.png and {out}/curves.png")
 
     except Stopped:
+        log.close()
         read_values(unread, step, lr=0.0, batches=batches)  # nothing broken is kept
         save_checkpoint(out / "last.pt", raw, optimizer, step, best, validated)
         sys.exit(f"train.py: stopped after step {step}; go on with --resume {out / 'last.pt'}")
@@ -453,7 +456,7 @@ def read_values(unread: list[Tensor], step: int, lr: float, batches: TrainBatche
         if not math.isfinite(loss + norm):
             raise ValueError(
                 f"step {number}: loss {loss}, gradient {norm}, learning rate {lr:.2e}; lower --lr "
-                f"or set --clip, and go on with --resume {batches.cfg.out}/last.pt, if it is there. "
+                f"or set --clip, and go on with --resume {batches.cfg.out}/last.pt, if there. "
                 f"Objects: {objects_of_step(number, batches)}"
             )
     return values[-1]
@@ -468,6 +471,40 @@ def objects_of_step(number: int, batches: TrainBatches) -> list[str]:
         for i, _ in every_process.pairs(part):
             objects.append(batches.dataset.object_id(i))
     return objects
+
+
+RUN_FILES = ("log.jsonl", "last.pt", "best.pt", "curves.png", "panels.png")
+CLAIMED = {}  # folder -> the open lock file, which ends with this process
+
+
+def claim_folder(out: Path, resume: str, step: int) -> None:
+    """Make --out this run's own: two runs in one folder would mix their files.
+
+    A run that begins anew moves what an earlier one left into a folder of its own. One that is
+    resumed into another folder takes its best.pt along.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    if out not in CLAIMED:
+        try:
+            CLAIMED[out] = lock(out / ".lock", "w", wait=False)
+        except BlockingIOError:
+            raise ValueError(f"{out} is in use by another run: choose another --out") from None
+
+    left = [name for name in RUN_FILES if (out / name).exists()]
+    if step == 0 and left:
+        number = 1
+        while (out / f"before{number}").exists():
+            number += 1
+        earlier = out / f"before{number}"
+        earlier.mkdir()
+        for name in left:
+            os.replace(out / name, earlier / name)
+        print(f"{out} holds an earlier run: its files are now in {earlier}")
+
+    best = Path(resume).parent / "best.pt"
+    if step and best.is_file() and not (out / "best.pt").exists():
+        content = best.read_bytes()
+        write_whole(out / "best.pt", lambda file: file.write(content))
 
 
 class Stopped(Exception):
@@ -551,12 +588,22 @@ def keep_lines_until(path: Path, step: int, validated: int) -> None:
     """Drop what a killed run logged after the checkpoint that is resumed; at step 0 drop all."""
     kept = []
     if step and path.exists():
-        for line in path.read_bytes().split(b"\n")[:-1]:  # a cut last line has no end
-            entry = json.loads(line)
+        fix = "go on into another folder with --out"
+        for line, entry in read_file(path, read_whole_lines, fix):
             known = validated if "mIoU" in entry else step
             if entry["step"] <= known:
-                kept.append(line + b"\n")
+                kept.append(line)
     write_whole(path, lambda file: file.writelines(kept))
+
+
+def read_whole_lines(file) -> list[tuple[bytes, dict]]:
+    """The lines of a log and what they hold; a last line that was cut off is left out."""
+    lines = []
+    for line in file:
+        if line.endswith(b"\n"):
+            entry = json.loads(line)
+            lines.append((line, {"step": int(entry["step"]), **entry}))
+    return lines
 
 
 def silent(*words) -> None:
@@ -897,6 +944,8 @@ def main(argv: list[str] | None = None) -> None:
     saved = None
     if cfg.resume:
         saved = read_checkpoint(cfg.resume)
+        if saved["optimizer"]:  # a run goes on where its checkpoint lies, also after a move
+            saved["config"]["out"] = str(Path(cfg.resume).parent)
         cfg = parse_config(argv, saved["config"])
     if cfg.benchmark:
         benchmark(cfg)

@@ -9,7 +9,6 @@ Nothing inside any file is ever run as code.
 """
 
 import argparse
-import contextlib
 import hashlib
 import io
 import math
@@ -30,7 +29,7 @@ import torch
 from torch import Tensor, nn
 
 from adapters import VisionAttention, adapter_keys
-from data import Tokenizer, progress, run_as_program, write_whole
+from data import Tokenizer, lock, progress, run_as_program, write_whole
 from model import DCRIS, PRESETS, Config
 
 FORMAT = "dcris 1"  # of our checkpoints; to be counted up when old files no longer fit
@@ -805,21 +804,6 @@ def download(name: str, root: str | Path = "weights") -> Path:
             fetch(file, path, part)
             return path
     return download(name, root)  # another process fetched it: verify it as any other file
-
-
-def lock(path: Path, mode: str) -> contextlib.AbstractContextManager:
-    """Until the end of a `with` no other process gets past here with this file; others wait.
-
-    Windows has no fcntl, so there nobody waits: two programs that fetch one file at the same time
-    would mix its bytes, which the digest finds.
-    """
-    try:
-        import fcntl
-    except ImportError:
-        return contextlib.nullcontext()
-    file = open(path, mode)  # noqa: SIM115 the caller's `with` closes it
-    fcntl.flock(file, fcntl.LOCK_EX)
-    return file
 
 
 def fetch(file: File, path: Path, part: Path) -> None:
