@@ -33,7 +33,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from time import perf_counter
 from typing import NamedTuple
-from unicodedata import category
+from unicodedata import category, normalize
 
 import numpy as np
 import torch
@@ -54,6 +54,14 @@ VOCABULARY_BYTES = 8 << 20  # CLIP's file unpacks to 3 MB; no more than this is 
 MERGES = 48894  # the pairs of that file that CLIP uses
 
 
+# a character's number -> what ftfy writes for it
+PLAIN_LETTERS = {code: normalize("NFKC", chr(code)) for code in range(0xFF01, 0xFFF0)}
+PLAIN_LETTERS |= {ord(letter): normalize("NFKC", letter) for letter in "ĲĳŉǱǲǳǄǅǆǇǈǉǊǋǌﬀﬁﬂﬃﬄﬆ"}
+PLAIN_LETTERS |= {ord("ﬅ"): "ſt", ord("ŉ"): "'n", 0x3000: " "}
+PLAIN_LETTERS |= {ord(quote): "'" for quote in "ʼ‘’‚‛"}
+PLAIN_LETTERS |= {ord(quote): '"' for quote in "“”„‟"}
+
+
 class Tokenizer:
     """CLIP's byte-pair tokenizer (github.com/openai/CLIP, clip/simple_tokenizer.py).
 
@@ -61,7 +69,9 @@ class Tokenizer:
     needed: every word has one id, made from its checksum.
     """
 
-    # differs: CLIP uses `ftfy` to repair broken encodings first; any other text gets CLIP's ids
+    # differs: CLIP calls the package `ftfy` first. What it does to sound text is in plain_letters;
+    # its repair of broken encodings, its removal of control characters and terminal escapes, and
+    # its own unescaping of HTML before CLIP's two are left out. Other text gets CLIP's ids.
 
     def __init__(self, vocab_path: str | Path | None = None, vocab_size: int = 49408):
         self.vocab_size = vocab_size
@@ -91,7 +101,7 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """The ids of one phrase, without start and end."""
-        text = html.unescape(html.unescape(text)).strip()
+        text = html.unescape(html.unescape(plain_letters(text))).strip()
         text = SPACES.sub(" ", text).strip().lower()
 
         ids = []
@@ -145,6 +155,16 @@ class Tokenizer:
                 f"--vocab_size {self.vocab_size}, {size} in {path}: both must be 49408; "
                 f"if the file is damaged, delete it and {fix}"
             )
+
+
+def plain_letters(text):
+    """Curly quotes straight, ligatures apart, full-width letters narrow, accents on their letters.
+
+    A phone writes guy’s, and CLIP reads guy's.
+    """
+    if text.isascii():
+        return text
+    return normalize("NFC", text.translate(PLAIN_LETTERS))
 
 
 def to_ascii_kinds(text):
@@ -369,8 +389,9 @@ def segmentation_to_mask(segmentation, height: int, width: int) -> np.ndarray:
     if isinstance(segmentation, dict):
         flips = [rle_flips(segmentation, height, width)]
     else:
-        check_polygons(segmentation)
-        flips = [polygon_flips(polygon, height, width) for polygon in segmentation]
+        polygons = flatten_points(segmentation)
+        check_polygons(polygons)
+        flips = [polygon_flips(polygon, height, width) for polygon in polygons]
 
     # COCO counts pixels column after column; each flip turns the mask on or off from there on
     n = height * width
@@ -421,6 +442,14 @@ def unpack_counts(text):
         value = 0
         bits = 0
     return counts
+
+
+def flatten_points(polygons):
+    """labelme's own form, one polygon [[x, y], [x, y], ...], as COCO's [[x, y, x, y, ...]]."""
+    is_list = isinstance(polygons, list) and len(polygons) > 2
+    if is_list and all(isinstance(point, list) and len(point) == 2 for point in polygons):
+        return [[number for point in polygons for number in point]]
+    return polygons
 
 
 def check_polygons(polygons):
@@ -638,9 +667,12 @@ def read_refs(name, root):
 
     def parse(file):
         refs = []
-        for ref in PlainUnpickler(file, encoding="latin1").load():
+        is_json = Path(file.name).suffix == ".json"
+        found = json.load(file) if is_json else PlainUnpickler(file, encoding="latin1").load()
+        for ref in found:
             ref_id = f"{name}/{ref['split']}/ref {ref['ref_id']} ann {ref['ann_id']}"
             sentences = [sentence["sent"] for sentence in ref["sentences"]]
+            check_sentences(sentences, f"{ref_id}: ")
             refs.append(
                 {
                     "id": ref_id,
@@ -653,6 +685,8 @@ def read_refs(name, root):
         return refs
 
     path = Path(root) / folder / f"refs({author or 'unc'}).p"
+    if not path.exists() and path.with_suffix(".json").exists():
+        path = path.with_suffix(".json")  # the same list, as sets made by others ship it
     return read_file(path, parse, f"run python weights.py {folder}")
 
 
@@ -720,8 +754,11 @@ def join_annotations(refs, instances, photos, root):
     annotations = {annotation["id"]: annotation for annotation in instances["annotations"]}
     folder = Path(root) / "images" / "train2014"
     for ref in refs:
-        image = images[ref["key"]]  # one that is missing ends in read_file's error
+        if ref["key"] not in images or ref["annotation"] not in annotations:
+            raise ValueError(f"{ref['id']}: no image {ref['key']}, or no such annotation")
+        image = images[ref["key"]]
         annotation = annotations[ref["annotation"]]
+        check_annotation(annotation.get("segmentation"), image, ref["id"])
         photo = os.path.basename(image["file_name"])
         if photo in photos:
             ref["archive"], ref["photo"] = photos[photo]
@@ -730,6 +767,45 @@ def join_annotations(refs, instances, photos, root):
         ref["size"] = [image["height"], image["width"]]
         ref["mask"] = annotation["segmentation"]
     return refs
+
+
+def check_sentences(sentences, where):
+    is_list = isinstance(sentences, list) and len(sentences) > 0
+    if not is_list or not all(isinstance(text, str) and text.strip() for text in sentences):
+        raise ValueError(
+            f"{where}sentences {str(sentences)[:60]}: expected a list of phrases, none empty"
+        )
+
+
+def check_annotation(segmentation, image, where):
+    """Raise ValueError where a mask could not be drawn or would be empty. Nothing is drawn here."""
+    height = image.get("height")
+    width = image.get("width")
+    if type(height) is not int or type(width) is not int or min(height, width) < 1:
+        raise ValueError(f"{where}: height {height!r}, width {width!r}: expected whole numbers")
+    try:
+        if isinstance(segmentation, dict):
+            runs = np.diff(rle_flips(segmentation, height, width))
+            is_empty = not runs[::2].any()  # every second run is the object
+        else:
+            polygons = flatten_points(segmentation)
+            check_polygons(polygons)
+            is_empty = not any(touches_photo(polygon, height, width) for polygon in polygons)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{where}: {error}") from error
+    if is_empty:
+        raise ValueError(f"{where}: mask {str(segmentation)[:60]} has no pixel in the photo")
+
+
+def touches_photo(polygon, height, width):
+    numbers = np.array(polygon, np.float64)
+    if not np.isfinite(numbers).all():
+        raise ValueError(f"polygon {str(polygon)[:60]}: expected finite numbers")
+    if len(numbers) == 0:
+        return False
+    x = numbers[::2]
+    y = numbers[1::2]
+    return x.max() > 0 and y.max() > 0 and x.min() < width and y.min() < height
 
 
 def mix_records(root, leaky):
@@ -815,12 +891,7 @@ def read_line(line):
     if lacking:
         raise ValueError(f"lacks {', '.join(lacking)}")
 
-    sentences = entry["sentences"]
-    fits = isinstance(sentences, list) and len(sentences) > 0
-    if not fits or not all(isinstance(text, str) and text.strip() for text in sentences):
-        raise ValueError(
-            f"sentences {str(sentences)[:60]}: expected a list of phrases, none of them empty"
-        )
+    check_sentences(entry["sentences"], "")
     if entry.get("split", "train") not in LINE_SPLITS:
         raise ValueError(f"split {entry['split']!r}: expected one of {', '.join(LINE_SPLITS)}")
     return entry
@@ -1512,8 +1583,8 @@ def progress(
             now = perf_counter()
             if now - shown > pause:
                 shown = now
-                left = (total - done) / (done - already) * (now - begun)  # seconds
-                time_left = f"{left // 60:.0f}:{left % 60:02.0f}"
+                left = round((total - done) / (done - already) * (now - begun))  # seconds
+                time_left = f"{left // 60}:{left % 60:02}"
                 print(
                     f"{done / total:4.0%} of {total:,} {what}, {time_left} left ",
                     end="\r" if on_terminal else "\n",

@@ -77,6 +77,7 @@ from data import (
     fit_inside,
     letterbox,
     letterbox_mask,
+    lock,
     make_loader,
     open_dataset,
     open_image,
@@ -2969,7 +2970,7 @@ def theirs_of(model: DCRIS) -> dict[str, Tensor]:
 
 def detris_model() -> DCRIS:
     """A small model with all that the authors' models have."""
-    return small_model(text_adapter="dense")
+    return small_model(text_adapter="dense", text_length=17)
 
 
 def test_the_authors_table_holds_every_layer_of_our_model_once():
@@ -4713,6 +4714,11 @@ def resumed(flags: list[str], out: Path) -> list[str]:
     return flags
 
 
+def names_in(out: Path) -> set[str]:
+    """What a run left in its folder, but for the lock that kept other runs away."""
+    return {path.name for path in out.iterdir()} - {".lock"}
+
+
 def assert_equal_checkpoints(one: Path, other: Path) -> None:
     """Weights, optimizer, step and scores are the same to the last bit."""
     a = read_checkpoint(one)
@@ -4960,7 +4966,7 @@ def test_a_broken_model_is_never_saved():
         message = error_of(ValueError, train_here, flags)
 
     assert f"--resume {out}/last.pt" in message
-    assert [path.name for path in sorted(out.iterdir())] == ["last.pt", "log.jsonl"]
+    assert names_in(out) == {"last.pt", "log.jsonl"}
     assert read_checkpoint(out / "last.pt")["step"] == 1
 
 
@@ -5319,7 +5325,7 @@ def test_a_checkpoint_without_optimizer_is_not_written_over():
 
     assert message.startswith(f"{best} holds no optimizer")
     assert "--out" in message
-    assert [path.name for path in out.iterdir()] == ["best.pt"]
+    assert names_in(out) == {"best.pt"}
     assert best.read_bytes() == before
 
 
@@ -5345,6 +5351,69 @@ def test_a_resumed_run_keeps_its_own_settings():
     first = read_checkpoint(out / "last.pt")["config"]
     assert first["lr"] == 3e-3
     assert [line["step"] for line in read_log(out)] == [2, 2, 3, 3, 5, 5]
+
+
+def test_a_moved_run_goes_on_where_it_lies():
+    """Its config names the folder that it began in; files must not appear there again."""
+    out = new_folder()
+    train_here(small_run(data_root=make_refcoco(), out=out, epochs=1))
+    moved = out.rename(out.with_name(f"{out.name}_moved"))
+
+    train_here(["--resume", str(moved / "last.pt"), "--epochs", "2"])
+
+    assert read_checkpoint(moved / "last.pt")["step"] == 3
+    assert not out.exists()
+
+
+def test_a_run_resumed_into_another_folder_takes_its_best_model_along():
+    """Nothing later was better, so the new folder's best.pt can only come from the old one."""
+    one = new_folder()
+    other = new_folder()
+    flags = small_run(data_root=make_refcoco())
+    with patch("train.validate", return_value=rows_of_score(5)):
+        train_here([*flags, "--epochs", "1", "--out", str(one)])
+
+    resume = ["--resume", str(one / "last.pt"), "--out", str(other)]
+    with patch("train.validate", return_value=rows_of_score(4)):
+        train_here([*flags, *resume])
+
+    assert (other / "best.pt").read_bytes() == (one / "best.pt").read_bytes()
+
+
+def test_a_run_that_begins_moves_what_an_earlier_one_left():
+    """Whoever starts twice with the same flags must not lose the first run."""
+    out = new_folder()
+    flags = small_run(data_root=make_refcoco(), out=out, epochs=1)
+    train_here(flags)
+    names = names_in(out)
+    last = (out / "last.pt").read_bytes()
+
+    train_here([*flags, "--seed", "1"])
+
+    assert names_in(out / "before1") == names
+    assert (out / "before1" / "last.pt").read_bytes() == last
+    assert names_in(out) == names | {"before1"}
+    assert read_checkpoint(out / "last.pt")["config"]["seed"] == 1
+
+
+def test_two_runs_cannot_share_a_folder():
+    """They would write over each other's files. Here this process holds the folder's lock, and a
+    run in another process is refused."""
+    out = new_folder()
+    flags = small_run(data_root=make_refcoco(), out=out)
+
+    def refused_run():
+        message = error_of(ValueError, train_here, flags)
+        (out / "message").write_text(message)
+
+    with lock(out / ".lock", "w", wait=False):
+        status = in_child(refused_run)
+
+    assert status == 0
+    assert names_in(out) == {"message"}
+    message = (out / "message").read_text()
+    assert message.startswith(f"{out} ")
+    assert message.endswith("choose another --out")
 
 
 # ---- several processes ----
@@ -5503,8 +5572,7 @@ def test_a_run_writes_its_files_and_logs_every_epoch():
 
     log = read_log(out)
 
-    names = {path.name for path in out.iterdir()}
-    assert names == {"last.pt", "best.pt", "log.jsonl", "curves.png", "panels.png"}
+    assert names_in(out) == {"last.pt", "best.pt", "log.jsonl", "curves.png", "panels.png"}
     assert [line["step"] for line in log] == [2, 2, 3, 3, 5, 5, 6, 6]
     assert [line["epoch"] for line in log[::2]] == [1.3333, 2.0, 3.3333, 4]
     assert all(line["loss"] > 0 and line["norm"] > 0 for line in log[::2])

@@ -122,6 +122,7 @@ def train(cfg: Config, saved: dict | None = None) -> dict:
     signals = StopSignals(rank)
     unread = []  # loss and gradient norm of each step since they were last looked at
     rows = None  # of the last validation, a dict for each sentence
+    lr = 0.0
     saved_at = time.monotonic()
 
     try:
@@ -177,7 +178,7 @@ def train(cfg: Config, saved: dict | None = None) -> dict:
 
     except Stopped:
         log.close()
-        read_values(unread, step, lr=0.0, batches=batches)  # nothing broken is kept
+        read_values(unread, step, lr, batches)  # nothing broken is kept
         save_checkpoint(out / "last.pt", raw, optimizer, step, best, validated)
         sys.exit(f"train.py: stopped after step {step}; go on with --resume {out / 'last.pt'}")
     end_processes()
@@ -235,7 +236,7 @@ def lr_factor(cfg: Config, done: float) -> float:
         return done / cfg.warmup
     if cfg.schedule == "cosine":
         return 0.5 + 0.5 * math.cos(math.pi * (done - cfg.warmup) / (1 - cfg.warmup))
-    epoch = done * cfg.epochs
+    epoch = round(done * cfg.epochs, 9)  # or rounding could bring a drop one step late
     steps_passed = sum(epoch >= lr_step for lr_step in cfg.lr_steps)
     return 0.1**steps_passed
 
@@ -423,7 +424,7 @@ def resume_point(
     """
     if saved is None:
         return 0, 0, -1.0
-    if not saved.get("optimizer"):
+    if not saved["optimizer"]:
         if Path(cfg.resume).resolve().parent == Path(cfg.out).resolve():
             reason = "holds no optimizer, so a run from it begins anew"
             raise ValueError(f"{cfg.resume} {reason}: give another --out")
@@ -560,8 +561,8 @@ class TrainingLog:
         cfg = self.cfg
         epoch = min(step * cfg.batch_size / objects, cfg.epochs)
         rate = (step - self.first) * cfg.batch_size / self.seconds()
-        left = (self.total - step) * cfg.batch_size / rate
-        clock = f"{left // 60:.0f}:{left % 60:02.0f}"
+        left = round((self.total - step) * cfg.batch_size / rate)  # seconds
+        clock = f"{left // 60}:{left % 60:02}"
         line = f"epoch {epoch:5.2f}/{cfg.epochs}  step {step}/{self.total}  loss {loss:.4f}  "
         line += f"lr {lr:.1e}  gradient {norm:.2f}  {rate:.0f} samples/s  {clock} left"
         print(line, end="   \r" if self.live else "\n", flush=True)

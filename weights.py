@@ -333,7 +333,7 @@ def read_detris(state: dict[str, Tensor], path: str | Path) -> dict:
             f"{path} is no checkpoint of the authors: its state_dict is foreign"
         ) from None
     config["text_length"] = 22 if "refcocog_u" in str(path) else 17  # as they trained
-    rest = {"step": 0, "best": 0.0, "validated": 0}
+    rest = {"optimizer": None, "step": 0, "best": 0.0, "validated": 0}
     return {"format": FORMAT, "config": config, "model": ours, **rest}
 
 
