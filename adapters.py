@@ -2,6 +2,7 @@
 
 First the paper's two adapters, then the blocks they are made of, then the rivals of the paper's
 Table 2. `add_adapters` at the end says which method puts what into which place of the encoders.
+"differs" marks, in any file, where we depart on purpose from the work named beside it.
 
 Axes: B image-sentence pairs; S image tokens (one class token, R registers, N = h * w patches); L
 text tokens; C image width; D text width; r the adapter's reduced width ("dim" in the paper's
@@ -57,7 +58,7 @@ class DenseCrossAdapter(nn.Module):
 class TextAdapter(nn.Module):
     """Text adapter (paper, Eq. 3), beside the MLP of a text block.
 
-    x: (B, L, D) text features f_t. Returns f_w: (B, L, D).
+    x: (B, L, D), what reaches the block's MLP, before its norm. Returns f_w: (B, L, D).
     """
 
     def __init__(self, width: int, rank: int):
@@ -73,11 +74,10 @@ class TextAdapter(nn.Module):
 
 
 class DenseTextAdapter(nn.Module):
-    """The text adapter of the authors' release, needed to load their checkpoints (there:
-    TextAdapter).
+    """The authors' release's text adapter (there: TextAdapter), needed to load their checkpoints.
 
-    differs from Eq. 3: between down and up, the branches of Eq. 1 run along the sentence.
-    (B, L, D) -> (B, L, D). The start token skips the branches.
+    It differs from Eq. 3: between down and up, the branches of Eq. 1 run along the sentence. The
+    start token skips them. (B, L, D) -> (B, L, D).
     """
 
     def __init__(self, width: int, rank: int):
@@ -137,8 +137,7 @@ class CrossAttention(nn.Module):
     """F_MHCA of Eq. 2: patches ask, words answer. (B, N, r) and (B, L, D) -> (B, N, r).
 
     The attention is 128 wide whatever r is; the paper does not say so, but only this width gives
-    the parameter counts of its Table 4. Padded words are not masked: the authors' code does not
-    either.
+    the parameter counts of its Table 4. Padded words are not masked, as in the authors' code.
     """
 
     WIDTH = 128
@@ -161,8 +160,8 @@ class CrossAttention(nn.Module):
 def init_adapter(layer: nn.Module) -> None:
     """Kaiming normal weights and zero biases, as in the authors' code.
 
-    No weight starts at zero, so an adapter changes the model from the first step. The table of
-    Attention is no layer of its own and keeps its Xavier start.
+    No weight starts at zero, so an adapter changes the model from the first step. Attention's
+    in_proj_weight belongs to no layer and keeps its Xavier start.
     """
     if isinstance(layer, (nn.Linear, nn.Conv1d, nn.Conv2d)):
         nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
@@ -356,8 +355,8 @@ class HoulsbyAdapter(nn.Module):
         self.down = nn.Linear(width, rank)
         self.up = nn.Linear(rank, width)
         init_adapter(self.down)
-        # differs: their weights start near zero; here up starts at zero, so that h is unchanged at
-        # first.
+        # differs from Houlsby et al., whose weights start near zero: up starts at zero, so that h
+        # is unchanged at the start
         nn.init.zeros_(self.up.weight)
         nn.init.zeros_(self.up.bias)
 
@@ -400,10 +399,10 @@ class HypercomplexLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         n = len(self.A)
-        pieces = x.unflatten(-1, (n, -1))  # (B, S, n, inputs / n)
-        mixed = torch.einsum("...pc,icr,ipq->...iqr", pieces, self.s, self.A)  # (B, S, n, n, k)
-        pieces = torch.einsum("...iqr,ird->...qd", mixed, self.t)  # (B, S, n, outputs / n)
-        return pieces.flatten(-2) + self.b
+        groups = x.unflatten(-1, (n, -1))  # (B, S, n, inputs / n)
+        mixed = torch.einsum("...pc,ick,ipq->...iqk", groups, self.s, self.A)  # (B, S, n, n, k)
+        outputs = torch.einsum("...iqk,ikd->...qd", mixed, self.t)  # (B, S, n, outputs / n)
+        return outputs.flatten(-2) + self.b
 
 
 def glorot_uniform(n: int, rows: int, columns: int) -> Tensor:
@@ -484,8 +483,9 @@ def adapter_keys(module: nn.Module) -> set[str]:
 def add_adapters(image_blocks: nn.ModuleList, text_blocks: nn.ModuleList, cfg) -> None:
     """Put what cfg.method asks for into the slots of the blocks that cfg's layers name.
 
-    cfg: model.Config. The methods "frozen" and "etris" put nothing into blocks (see
-    etris_bridges); with "full" the paper's adapters train beside encoders that train too.
+    cfg: model.Config. "frozen" and "etris" put nothing into blocks (see etris_bridges). "full"
+    trains the encoders themselves; METHODS gives it no layers, and where a preset or a flag names
+    some, it gets the paper's adapters there as well.
     """
     compacter_A = nn.Parameter(0.01 * torch.randn(4, 4, 4))  # one for all layers of both encoders
 

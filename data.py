@@ -255,7 +255,7 @@ def open_picture(file, formats):
 
 
 def read_orientation(image):
-    """EXIF's orientation, 1 to 8; 1, upright, for all that Pillow does not turn by (9, a text)."""
+    """EXIF's orientation, 1 to 8. One that means nothing, such as 9 or a text, counts as 1."""
     if image.format == "TIFF":
         image.load()  # Pillow turns a TIFF while it reads the pixels, and then drops the tag
     orientation = image.getexif().get(ExifTags.Base.Orientation)
@@ -785,8 +785,8 @@ def check_annotation(segmentation, image, where):
         raise ValueError(f"{where}: height {height!r}, width {width!r}: expected whole numbers")
     try:
         if isinstance(segmentation, dict):
-            runs = np.diff(rle_flips(segmentation, height, width))
-            is_empty = not runs[::2].any()  # every second run is the object
+            lengths = np.diff(rle_flips(segmentation, height, width))  # of all runs but the first
+            is_empty = not lengths[::2].any()  # the second, fourth, ... run is the object
         else:
             polygons = flatten_points(segmentation)
             check_polygons(polygons)

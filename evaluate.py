@@ -1,6 +1,6 @@
 """How a model is judged and used: logits become masks, masks become scores, reports and pictures.
 
-    logits (B, 1, 4h, 4w) -> restore_masks -> masks (H, W), each at its photo's own size
+    logits (B, 1, 4h, 4w) -> restore_probabilities -> threshold -> masks (H, W), as large as photos
     masks and annotations -> intersection and union of each sentence -> metrics -> report
 
     python evaluate.py --split all --panels FILE.png          every split; on several GPUs: torchrun
@@ -101,8 +101,8 @@ def restore_aligned(prob: Tensor, sizes: list, image_size: int) -> list[Tensor]:
 def restore_detris(prob: Tensor, sizes: list, image_size: int) -> list[Tensor]:
     """The mask rule of the authors' release (DETRIS), needed to score their checkpoints as they do.
 
-    Bicubic with align_corners to the square, then the inverse of their affine letterbox. That one
-    goes by pixel indices instead of centres, cubic with a = -0.75, zero outside: cv2.warpAffine.
+    First bicubic to the square, with align_corners. Then their letterbox backwards, as
+    cv2.warpAffine does it: by pixel indices instead of centres, cubic, zero outside the square.
     prob: (B, 1, 4h, 4w). sizes: B pairs (H, W). Returns B probabilities (H, W).
     """
     s = image_size
@@ -597,8 +597,8 @@ def end_processes() -> None:
 def precision(bf16: bool, device: torch.device):
     """What runs inside is autocast to bfloat16 where bf16 is True, else left in float32.
 
-    On a CPU attention is then computed in plain steps, since torch's fused one has a backward pass
-    that is slow in bfloat16. Without the switch torch would compute those steps in float32.
+    On a CPU attention is then computed in plain steps, since torch's fused one has a backward
+    pass that is slow in bfloat16; allow_fp16_bf16_reduction_math_sdp keeps them in bfloat16.
     """
     plain = bf16 and device.type == "cpu"
     torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(plain)
@@ -803,7 +803,7 @@ def plan_files(args) -> list:
 
 
 def file_key(path: str | Path):
-    """Equal for two paths that lead to one file, by whatever names, or would if it existed."""
+    """What two paths share if they name the same file, be it there already or not."""
     if os.path.exists(path):
         status = os.stat(path)
         return (status.st_dev, status.st_ino)

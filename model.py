@@ -235,7 +235,8 @@ def check_shapes(cfg: Config) -> None:
         refuse(cfg, "head_width", f"a multiple of 4 and of --head_heads {cfg.head_heads}")
 
 
-RANK_UNITS = {"dcris": 16, "full": 16, "compacter": 4, "etris": 8}  # by the adapters' inner widths
+# r / 16 channels inside Eq. 1, four pieces of a hypercomplex layer, eight heads
+RANK_UNITS = {"dcris": 16, "full": 16, "compacter": 4, "etris": 8}
 
 
 def check_layers(cfg: Config) -> None:
@@ -322,8 +323,8 @@ PRESETS = {  # differences from the defaults, nothing else
 }
 
 EVERY = tuple(range(12))
-# Table 2's rows on DCRIS-B. The paper gives only their counts; these settings reproduce them, as
-# others would. What the preset itself sets comes first.
+# Layers and ranks of Table 2's rows, chosen to give the paper's parameter counts: it prints nothing
+# else, and other choices would give them too. A preset's own layers and ranks go before these.
 METHODS = {
     "dcris": {},
     "lora": {"visual_layers": EVERY, "visual_rank": 32, "text_layers": EVERY, "text_rank": 16},
@@ -385,7 +386,8 @@ def parse_config(argv: list[str] | None = None, saved: dict | None = None) -> Co
 class VisionTransformer(nn.Module):
     """DINOv2's ViT (Oquab et al. 2023; registers: Darcet et al. 2023).
 
-    image: (B, 3, H, W), normalised. words: (B, L, D) for the adapters; None if there are none.
+    image: (B, 3, H, W), normalised. words: (B, L, D), read by DenseCrossAdapters only; may be None
+    where no block has one.
     Returns three taps, each (B, C, h, w): the patches after two inner blocks, as they are, and
     after the last block and its norm. The paper names a third, two thirds and the end of the
     encoder; the exact blocks, and that only the last tap is normalised, are the authors' code's.
@@ -746,7 +748,9 @@ class Projector(nn.Module):
         c = x.shape[1]
         kernel, bias = self.kernel(sentence).split([9 * c, 1], dim=1)  # F_l: (B, 9 * c), (B, 1)
         kernel = kernel.unflatten(1, (c, 9)).transpose(1, 2)  # (B, 9, c)
-        kernel = kernel.flip(1)  # fold adds a map where its pixel lies; a convolution looks there
+        # F.fold adds map k of pixel q to pixel q + k - 1; a convolution reads pixel p + k - 1 for
+        # pixel p. So the nine places are taken in the opposite order.
+        kernel = kernel.flip(1)
 
         mixed_kernel = kernel @ self.mix.weight.flatten(1)  # (B, 9, c)
         mixed_bias = kernel @ self.mix.bias[:, None]  # (B, 9, 1)
@@ -800,6 +804,7 @@ class DCRIS(nn.Module):
         super().__init__()
         self.config = config
         self.tokenizer = None  # weights.py puts the one that fits the text encoder here
+        self.keeps_encoders = True  # whether checkpoints hold the encoders; weights.py decides
         self.vision = VisionTransformer(config)
         self.text = TextTransformer(config)
         add_adapters(self.vision.blocks, self.text.transformer["resblocks"], config)
@@ -812,15 +817,14 @@ class DCRIS(nn.Module):
         self.freeze()
 
     def freeze(self) -> None:
-        """Freeze both encoders, but not what a method added to them; with "full" nothing is
-        frozen.
-        """
+        """Freeze both encoders, but nothing that a method added; with "full" freeze nothing."""
         added = adapter_keys(self)
         for name, parameter in self.named_parameters():
             in_encoder = name.startswith(("vision.", "text."))
             if in_encoder and name not in added:
                 parameter.requires_grad_(self.config.method == "full")
-        self.vision.mask_token.requires_grad_(False)  # never read, so they would get no gradient
+        # never read here: DistributedDataParallel refuses parameters that get no gradient
+        self.vision.mask_token.requires_grad_(False)
         self.text.logit_scale.requires_grad_(False)
 
     def forward(self, image: Tensor, tokens: Tensor) -> Tensor:

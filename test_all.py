@@ -6277,6 +6277,128 @@ def test_slow_adapters_beat_a_fixed_backbone():
     assert scores["dcris"] > 0.2, scores
 
 
+# ---- faults that people met ----
+
+
+def test_quotes_and_ligatures_of_a_phone_read_as_plain_ones():
+    """CLIP's ftfy makes them plain; the expected spellings are written out by hand."""
+    tokenizer = Tokenizer(None)
+    pairs = {
+        "guy’s hat": "guy's hat",
+        "“left” cup": '"left" cup',
+        "ﬁsh": "fish",
+        "ｂｌｕｅ　ｃｕｐ": "blue cup",
+        "cafe\u0301": "café",
+    }
+
+    for typed, plain in pairs.items():
+        assert tokenizer.encode(typed) == tokenizer.encode(plain), typed
+
+
+def test_labelmes_points_are_cocos_polygon():
+    """labelme writes [[x, y], ...] where COCO writes [[x, y, x, y, ...]]."""
+    points = [[1, 1], [9.5, 1], [9, 9], [2, 7]]
+    flat = [[1, 1, 9.5, 1, 9, 9, 2, 7]]
+
+    mask = segmentation_to_mask(points, 12, 11)
+
+    assert np.array_equal(mask, segmentation_to_mask(flat, 12, 11))
+    assert mask.sum() > 30
+
+
+def test_refs_may_be_a_json_file():
+    """Some sets ship refs.json; nobody should have to pickle it by hand."""
+    root = make_refcoco()
+    path = root / "refcoco" / "refs(unc).p"
+    expected = open_dataset("refcoco", "train", root)
+    path.with_suffix(".json").write_text(json.dumps(pickle.loads(path.read_bytes())))
+    path.unlink()
+
+    found = open_dataset("refcoco", "train", root)
+
+    assert [found.record(i) for i in range(6)] == [expected.record(i) for i in range(6)]
+
+
+def test_a_broken_annotation_is_named_when_the_set_is_opened():
+    """Hours into a run is too late. File, ref and annotation stand in the message."""
+    broken = (
+        {"segmentation": []},
+        {"segmentation": None},
+        {"segmentation": [[1, 1, 5, 5, 9]]},
+        {"segmentation": [{"x": 1}]},
+        {"segmentation": [[1, 1, "a", 1, 9, 9]]},
+        {"segmentation": [[100, 100, 120, 100, 110, 110]]},
+        {"segmentation": {"size": [30, 40], "counts": [1200]}},
+        {"segmentation": {"size": [30, 41], "counts": [600, 600]}},
+        {"segmentation": [[1, 1, float("nan"), 1, 9, 9]]},
+    )
+    root = make_refcoco()
+    path = root / "refcoco" / "instances.json"
+    instances = json.loads(path.read_text())
+    for change in broken:
+        changed = json.loads(json.dumps(instances))
+        changed["annotations"][1] |= change
+        path.write_text(json.dumps(changed))
+
+        message = error_of(ValueError, open_dataset, "refcoco", "train", root)
+
+        assert "instances.json" in message and "ref 1 ann 71" in message, message
+
+
+def test_broken_sizes_and_sentences_are_named_when_the_set_is_opened():
+    """As strict as a .jsonl file: no empty sentence, no photo of half a pixel."""
+    root = make_refcoco()
+    path = root / "refcoco" / "instances.json"
+    instances = json.loads(path.read_text())
+    instances["images"][1]["height"] = 30.5
+    whole = path.read_text()
+    path.write_text(json.dumps(instances))
+    assert "ref 1 ann 71: height 30.5" in error_of(
+        ValueError, open_dataset, "refcoco", "train", root
+    )
+    path.write_text(whole)
+
+    refs_path = root / "refcoco" / "refs(unc).p"
+    for sentences in ([], [{"sent": None}], [{"sent": 3}], [{"sent": " "}]):
+        refs = pickle.loads(refs_path.read_bytes())
+        refs[1]["sentences"] = sentences
+        refs_path.write_bytes(pickle.dumps(refs, protocol=0))
+
+        message = error_of(ValueError, open_dataset, "refcoco", "train", root)
+
+        assert "refs(unc).p" in message and "ref 1 ann 71" in message, message
+
+
+def test_a_damaged_log_is_named_at_a_resume():
+    """The message says which file, and how to go on without it."""
+    folder = new_folder()
+    log = folder / "log.jsonl"
+    log.write_text('{"step": 25, "loss": 0.5}\nnot json\n{"step": 50, "loss": 0.4}\n')
+
+    message = error_of(ValueError, keep_lines_until, log, 50, 0)
+
+    assert str(log) in message and "--out" in message
+    assert "not json" in log.read_text(), "nothing is lost"
+
+
+class Hanging(torch.utils.data.Dataset):
+    """A photo on a disk that does not answer."""
+
+    def __getitem__(self, number: int) -> dict:
+        time.sleep(60)
+        return {}
+
+
+def test_a_loader_that_hangs_ends_the_run():
+    """Else it would wait for ever, and a signal would be all that helps."""
+    with patch("data.LOADER_SECONDS", 1):
+        loader = make_loader(Hanging(), range(2), workers=1)
+
+        message = error_of(RuntimeError, list, loader)
+
+    assert "timed out" in message
+
+
 # ---- running them ----
 
 

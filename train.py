@@ -68,7 +68,7 @@ from weights import (
     save_image,
 )
 
-LOG_EVERY = 25  # steps; only then the program waits for the device to read a loss
+LOG_EVERY = 25  # steps between two readings of the loss, for which the program must wait
 
 
 # ---- the loop ----
@@ -92,8 +92,8 @@ def train(cfg: Config, saved: dict | None = None) -> dict:
     torch.manual_seed(cfg.seed)
 
     # The model, and the parameters that train.
-    raw = restore_model(saved, cfg) if saved else new_model(cfg)
-    model = prepare(raw, cfg, device)
+    raw = restore_model(saved, cfg) if saved else new_model(cfg)  # what is saved and scored
+    model = prepare(raw, cfg, device)  # the same weights, compiled and spread over processes
     optimizer = make_optimizer(raw, cfg, device)
     say(what_trains(raw))
 
@@ -111,8 +111,8 @@ def train(cfg: Config, saved: dict | None = None) -> dict:
     numbers = range(step * cfg.accumulate, total * cfg.accumulate)
     loader = make_loader(batches, numbers, cfg.workers, pin_memory=device.type == "cuda")
     parts_of_steps = iter(loader)
-    say(f"{cfg.dataset}: {len(train_set)} objects an epoch, {total - step} steps of")
-    say(f"{cfg.batch_size} pairs over {world} process(es) on {device}; {len(val_set)} val objects")
+    say(f"{cfg.dataset}: {len(train_set)} objects an epoch, {len(val_set)} objects of val")
+    say(f"{total - step} steps of {cfg.batch_size} pairs over {world} process(es) on {device}")
 
     out = Path(cfg.out)
     if rank == 0:
@@ -127,7 +127,8 @@ def train(cfg: Config, saved: dict | None = None) -> dict:
 
     try:
         while True:
-            # After an epoch: validate, and keep the best model so far.
+            # After an epoch: validate, and keep the best model so far. This stands before the step
+            # so that a run that was stopped right after an epoch validates when it is resumed.
             if step in epoch_ends and validated < step:
                 rows = validate(raw, val_set, cfg, rank, world, device)
                 scores = summarise(rows)
@@ -144,8 +145,8 @@ def train(cfg: Config, saved: dict | None = None) -> dict:
             if step == total:
                 break
 
-            # One step. Its dropout is a function of seed, step and process, so a resumed run
-            # repeats it.
+            # One step. Its dropout depends on seed, step and process alone, while --epochs and the
+            # number of processes stay the same; so a resumed run repeats it.
             parts = [next(parts_of_steps) for _ in range(cfg.accumulate)]
             lr = cfg.lr * lr_factor(cfg, step / total)
             with signals.held():  # a step is done whole or not at all
@@ -178,7 +179,9 @@ def train(cfg: Config, saved: dict | None = None) -> dict:
 
     except Stopped:
         log.close()
-        read_values(unread, step, lr, batches)  # nothing broken is kept
+        read_values(
+            unread, step, lr, batches
+        )  # raises where a loss is not finite: nothing is saved
         save_checkpoint(out / "last.pt", raw, optimizer, step, best, validated)
         sys.exit(f"train.py: stopped after step {step}; go on with --resume {out / 'last.pt'}")
     end_processes()
@@ -236,9 +239,9 @@ def lr_factor(cfg: Config, done: float) -> float:
         return done / cfg.warmup
     if cfg.schedule == "cosine":
         return 0.5 + 0.5 * math.cos(math.pi * (done - cfg.warmup) / (1 - cfg.warmup))
-    epoch = round(done * cfg.epochs, 9)  # or rounding could bring a drop one step late
-    steps_passed = sum(epoch >= lr_step for lr_step in cfg.lr_steps)
-    return 0.1**steps_passed
+    epoch = round(done * cfg.epochs, 9)  # 34.999999999999 must count as 35
+    drops = sum(epoch >= lr_step for lr_step in cfg.lr_steps)
+    return 0.1**drops
 
 
 # ---- stage one of the preset tiny: two small encoders, pretrained apart ----
@@ -263,6 +266,7 @@ def pretrain(cfg: Config, device: torch.device) -> None:
         )
     started = time.monotonic()
     torch.manual_seed(0)  # the encoders are the same for every --seed, as released files are
+    # nothing frozen, no adapters, random numbers to begin with
     bare = replace(cfg, method="full", visual_layers=(), text_layers=(), weights="none")
     model = new_model(bare).to(device)
     pretrain_image_encoder(model.vision, cfg, device)
@@ -310,7 +314,7 @@ def pretrain_text_encoder(
     usual task for text alone, was far worse than no training: such features are about the word
     to come.
     """
-    phrases = Shapes("train", seed=2**31)  # no run trains on these
+    phrases = Shapes("train", seed=2**31)  # a seed that no run is likely to have
     sentences = [phrases.sentences(i)[0] for i in range(PHRASES)]
     tokens = tokenizer(sentences, cfg.text_length).to(device)
     words = tokens.unique()[1:]  # without the padding
@@ -337,6 +341,7 @@ def labelled_scenes(cfg: Config) -> tuple[Tensor, Tensor]:
     batches = list(progress(loader, SCENE_BATCHES, "batches of scenes"))
     images = torch.cat([batch["image"] for batch in batches])
     labels = torch.cat([batch["labels"] for batch in batches])
+    # (P, 3, rows of cells, columns of cells) -> (P, 3, h, cells down, w, cells across)
     labels = labels.unflatten(3, (side, CELLS)).unflatten(2, (side, CELLS))
     labels = labels.transpose(3, 4)  # (P, 3, h, w, cells down, cells across)
     return images, labels.flatten(4).flatten(2, 3)
@@ -481,8 +486,8 @@ CLAIMED = {}  # folder -> the open lock file, which ends with this process
 def claim_folder(out: Path, resume: str, step: int) -> None:
     """Make --out this run's own: two runs in one folder would mix their files.
 
-    A run that begins anew moves what an earlier one left into a folder of its own. One that is
-    resumed into another folder takes its best.pt along.
+    A run that begins anew moves an earlier run's files into OUT/before1, before2, ... A run that is
+    resumed from another folder copies best.pt from there.
     """
     out.mkdir(parents=True, exist_ok=True)
     if out not in CLAIMED:
@@ -503,7 +508,7 @@ def claim_folder(out: Path, resume: str, step: int) -> None:
         print(f"{out} holds an earlier run: its files are now in {earlier}")
 
     best = Path(resume).parent / "best.pt"
-    if step and best.is_file() and not (out / "best.pt").exists():
+    if resume and step and best.is_file() and not (out / "best.pt").exists():
         content = best.read_bytes()
         write_whole(out / "best.pt", lambda file: file.write(content))
 
@@ -930,7 +935,7 @@ def as_json(cfg: Config) -> dict:
 
 def main(argv: list[str] | None = None) -> None:
     cfg = parse_config(argv)
-    if cfg.table and cfg.preset == "tiny":
+    if cfg.table and cfg.preset == "tiny":  # named, not merely the default: the rows are trained
         train_table(cfg)
         return
     if cfg.table:

@@ -62,7 +62,7 @@ def new_model(config: Config) -> DCRIS:
 
 
 def restore_model(saved: dict, config: Config) -> DCRIS:
-    """The model that read_checkpoint gave; config is the checkpoint's own, perhaps with changes."""
+    """The model of a checkpoint. saved: what read_checkpoint gave. config: its own, or changed."""
     model = DCRIS(config)
     encoders = encoder_keys(model)
     path = saved["path"]
@@ -115,7 +115,7 @@ def save_checkpoint(
     file is never half written: a kill or a full disk leaves the old one as it was.
     """
     left_out = set()
-    if not getattr(model, "keeps_encoders", True):  # set by load_encoders
+    if not model.keeps_encoders:
         left_out = encoder_keys(model)
     state = model.state_dict()  # parameters, and the running averages of BatchNorm
 
@@ -283,10 +283,11 @@ def load_checked(
     new: Set[str] = frozenset(),
     source: str | Path = "the state",
 ) -> None:
-    """Load a state dict in which every name, shape and number is accounted for.
+    """Load a state dict after checking every name, shape and number in it.
 
-    new: names that may be missing, because they train. source: the file, for the message. Raises
-    ValueError and loads nothing where anything is missing, not ours, misshapen or not finite.
+    new: names that the file may leave out, since another source gives them. source: the file, for
+    the message. Raises ValueError and loads nothing where a name is missing or not ours, a shape
+    differs, or a number is not finite.
     """
     ours = module.state_dict()
     faults = [f"{name} missing" for name in ours if name not in state and name not in new]
