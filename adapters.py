@@ -103,8 +103,10 @@ class DenseBranches(nn.Module):
 
     Each kernel size reads the input and the outputs of all smaller ones. The paper gives the
     kernels; the widths (r/2, r/4, r/4, and r/16 in between), BatchNorm with eps 1e-3 and ReLU are
-    the authors' code's. F_v: (B, r, h, w) -> (F_v1, F_v2, F_v3): (B, r, h, w); with dims=1 (B, r,
-    L) -> (B, r, L).
+    the authors' code's.
+
+    F_v: (B, r, h, w). Returns (F_v1, F_v2, F_v3): (B, r, h, w). With dims=1 (B, r, L) becomes
+    (B, r, L).
     """
 
     def __init__(self, rank: int, dims: int):
@@ -123,14 +125,11 @@ class DenseBranches(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        first = self.branch1(x)  # F_v1 = conv1x1(F_v): (B, r/2, h, w)
-        second = self.branch2(
-            torch.cat([x, first], dim=1)
-        )  # F_v2 = conv3x3(F_v, F_v1): r/4 channels
-        third = self.branch3(
-            torch.cat([x, first, second], dim=1)
-        )  # F_v3 = conv5x5(F_v, F_v1, F_v2)
-        return torch.cat([first, second, third], dim=1)
+        # F_v1 = conv1x1(F_v), F_v2 = conv3x3(F_v, F_v1), F_v3 = conv5x5(F_v, F_v1, F_v2)
+        first = self.branch1(x)  # (B, r/2, h, w)
+        second = self.branch2(torch.cat([x, first], dim=1))  # (B, r/4, h, w)
+        third = self.branch3(torch.cat([x, first, second], dim=1))  # (B, r/4, h, w)
+        return torch.cat([first, second, third], dim=1)  # (B, r, h, w)
 
 
 class CrossAttention(nn.Module):
@@ -213,9 +212,8 @@ class Attention(nn.Module):
         return self.out_proj(heads.transpose(1, 2).flatten(2))  # (B, Q, C)
 
     def split_heads(self, x: Tensor) -> Tensor:
-        return x.unflatten(-1, (self.n_head, -1)).transpose(
-            1, 2
-        )  # (B, tokens, C) -> (B, nh, tokens, hd)
+        """(B, tokens, C) -> (B, nh, tokens, hd)."""
+        return x.unflatten(-1, (self.n_head, -1)).transpose(1, 2)
 
     def of_one_key(self, value: Tensor) -> Tensor:
         """What forward returns for every query where there is one key only. (B, C) -> (B, C).

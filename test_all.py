@@ -47,14 +47,19 @@ from torch.utils._pytree import tree_leaves
 
 from adapters import (
     Attention,
+    Compacter,
+    ConvBN,
     CrossAttention,
     DenseCrossAdapter,
     DenseTextAdapter,
     EtrisBridge,
+    HoulsbyAdapter,
     HypercomplexLinear,
+    LoRA,
     TextAdapter,
     adapter_keys,
     batch_norm_over_processes,
+    glorot_uniform,
 )
 from data import (
     COLOURS,
@@ -120,6 +125,7 @@ from model import (
     METHODS,
     PRESETS,
     Config,
+    DecoderLayer,
     Projector,
     TextTransformer,
     UpConvBN,
@@ -1095,6 +1101,453 @@ def test_help_says_what_each_flag_means_and_the_presets_own_default():
     assert "768" not in words
     for name in CHOICES:
         assert f"--{name}" in words
+
+
+# ---- how adapters begin ----
+
+
+def test_an_adapter_begins_with_kaimings_deviation_and_without_biases():
+    """As in the authors' code: sqrt(2 / inputs) for every layer, convolutions included. It keeps
+    the size of what passes a ReLU, so an adapter acts from the first step."""
+    torch.manual_seed(0)
+    for adapter in (
+        DenseCrossAdapter(256, 128, text_width=192),
+        TextAdapter(256, 64),
+        DenseTextAdapter(256, 128),
+    ):
+        layers = []
+        for layer in adapter.modules():
+            if isinstance(layer, (nn.Linear, nn.Conv1d, nn.Conv2d)):
+                layers.append(layer)
+
+        for layer in layers:
+            inputs = layer.weight[0].numel()
+            size = layer.weight.std().item() / math.sqrt(2 / inputs)
+            assert 0.85 < size < 1.15, f"{layer}: {size} times Kaiming's"
+            assert not layer.bias.any(), layer
+        assert len(layers) >= 2
+
+
+# ---- BatchNorm over processes, in threads ----
+
+
+class ThreadsAsProcesses:
+    """In place of torch.distributed: all_reduce adds over threads, which call it together."""
+
+    def __init__(self, count: int):
+        self.count = count
+        self.barrier = threading.Barrier(count, timeout=60)
+        self.tensors = []
+
+    def is_initialized(self) -> bool:
+        return True
+
+    def get_world_size(self) -> int:
+        return self.count
+
+    def all_reduce(self, x: Tensor) -> None:
+        self.tensors.append(x.clone())
+        self.barrier.wait()
+        total = sum(self.tensors)
+        if self.barrier.wait() == 0:  # one of the threads
+            self.tensors.clear()
+        self.barrier.wait()
+        x.copy_(total)
+
+
+def random_conv_bn() -> ConvBN:
+    """With another eps, momentum, scale and shift than torch's BatchNorm begins with."""
+    layer = ConvBN(3, 5, kernel=1, eps=0.1)
+    layer.bn.momentum = 0.3
+    nn.init.normal_(layer.bn.weight)
+    nn.init.normal_(layer.bn.bias)
+    return layer
+
+
+def test_batch_norm_over_two_processes_equals_one_batch_of_both():
+    """Output, averages and gradients of two halves, whose means differ, are those of the whole.
+    The averages decide what a trained model answers, so one that is a little off matters."""
+    torch.manual_seed(0)
+    whole_layer = random_conv_bn()
+    layers = [copy.deepcopy(whole_layer) for _ in range(2)]
+    whole = torch.randn(4, 3, 2, 2)
+    whole[2:] += 3
+    weighting = torch.randn(4, 5, 2, 2)
+    outputs = [None, None]
+
+    def work(rank: int) -> None:
+        half = slice(2 * rank, 2 * rank + 2)
+        outputs[rank] = layers[rank](whole[half])
+        (outputs[rank] * weighting[half]).sum().backward()
+
+    with patch("adapters.dist", ThreadsAsProcesses(2)):
+        threads = [threading.Thread(target=work, args=(rank,)) for rank in range(2)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+
+    expected = F.relu(whole_layer.bn(whole_layer.conv(whole)))
+    (expected * weighting).sum().backward()
+    assert_close(torch.cat(outputs), expected, 1e-5)
+    for name, parameter in whole_layer.named_parameters():
+        halves = [layer.get_parameter(name).grad for layer in layers]
+        assert_close(sum(halves), parameter.grad, 1e-4, name)
+    for layer in layers:
+        assert_close(layer.bn.running_mean, whole_layer.bn.running_mean, 1e-6)
+        assert_close(layer.bn.running_var, whole_layer.bn.running_var, 1e-5)
+        assert layer.bn.num_batches_tracked == 1
+
+
+def test_in_evaluation_batch_norm_reads_its_averages_in_every_process():
+    """A photo is scored alike in whatever company, and processes may have unequally many."""
+    torch.manual_seed(0)
+    layer = random_conv_bn().eval()
+    x = torch.randn(4, 3, 2, 2) + 3
+
+    with patch("adapters.dist", ThreadsAsProcesses(1)):
+        found = layer(x)
+
+    assert_close(found, F.relu(layer.bn(layer.conv(x))), 1e-6)
+
+
+# ---- the rivals, each as its formula ----
+
+
+def test_lora_adds_a_product_to_the_weights_of_queries_and_values():
+    """W + B A, block by block. The paper's factor alpha / r is 1 and the keys stay as they were."""
+    torch.manual_seed(0)
+    lora = LoRA(width=6, rank=2)
+    nn.init.normal_(lora.B)
+    weight = torch.randn(18, 6)
+
+    query, key, value = lora(weight).split(6)
+
+    assert_close(query, weight[:6] + lora.B[0] @ lora.A[0], 1e-6)
+    assert_close(key, weight[6:12], 0)
+    assert_close(value, weight[12:] + lora.B[1] @ lora.A[1], 1e-6)
+
+
+def test_lora_begins_as_nothing_behind_a_matrix_that_keeps_the_size():
+    """A of deviation 1 / sqrt(C) makes of a vector of ones' size one of the same size."""
+    torch.manual_seed(0)
+    lora = LoRA(width=256, rank=32)
+
+    assert not lora.B.any()
+    assert abs(lora.A.std() * 16 - 1) < 0.05
+
+
+def test_houlsbys_adapter_and_compacter_add_a_bottleneck_with_a_relu():
+    """h + up(relu(down(h))). The activation is ours to choose for Compacter; we keep Houlsby's."""
+    torch.manual_seed(0)
+    houlsby = HoulsbyAdapter(16, 8)
+    nn.init.normal_(houlsby.up.weight)
+    compacter = Compacter(16, 8, nn.Parameter(torch.randn(4, 4, 4)))
+    h = torch.randn(2, 5, 16)
+
+    for adapter in (houlsby, compacter):
+        reduced = adapter.down(h)
+        assert (reduced < 0).any()
+        assert_close(adapter(h), h + adapter.up(reduced.clamp(min=0)), 1e-5)
+
+
+def test_compacter_begins_as_its_code_does():
+    """By hand: Glorot's limit sqrt(6 / (8 + 16)) = 0.5, times sqrt(2). The rule A, which
+    multiplies them, has deviation 0.01, so that a Compacter at first hardly changes h."""
+    torch.manual_seed(0)
+    numbers = glorot_uniform(4, 8, 16)
+    A = method_model("compacter").vision.blocks[1].after_mlp.down.A
+
+    assert 0.69 < numbers.max() < 0.7072
+    assert -0.7072 < numbers.min() < -0.69
+    assert 0.005 < A.std() < 0.02
+
+
+def test_an_etris_bridge_attends_with_eight_heads():
+    """ETRIS's own number, against torch's attention with the same weights."""
+    torch.manual_seed(0)
+    bridge = EtrisBridge(24, text_width=20, rank=16, first=True)
+    query = torch.randn(2, 9, 16)
+    key = torch.randn(2, 5, 16)
+
+    for ours in (bridge.attn, bridge.words_attn):
+        theirs = nn.MultiheadAttention(16, 8, batch_first=True)
+        theirs.load_state_dict(ours.state_dict())
+        assert_close(ours(query, key, key), theirs(query, key, key)[0], 1e-6)
+
+
+def test_an_etris_bridge_begins_as_etris_does():
+    """Convolutions with deviation sqrt(2 / outputs), the layers of the words with 0.02."""
+    torch.manual_seed(0)
+    bridge = EtrisBridge(256, text_width=192, rank=64, first=True)
+
+    assert abs(bridge.down.conv.weight.std() / math.sqrt(2 / 64) - 1) < 0.05
+    assert abs(bridge.up.conv.weight.std() / math.sqrt(2 / 256) - 1) < 0.05
+    for layer in (bridge.words_down, bridge.words_up, bridge.attn.out_proj):
+        assert abs(layer.weight.std() / 0.02 - 1) < 0.05
+        assert not layer.bias.any()
+
+
+def seen_by_bridges(model: DCRIS, batch: dict) -> tuple[list, list[Tensor]]:
+    """(inputs, outputs) of each bridge in one walk through the encoders, and the taps."""
+    calls = []
+
+    def keep(module, inputs, output):
+        calls.append((inputs, output))
+
+    for bridge in model.bridges:
+        bridge.register_forward_hook(keep)
+    taps, _, _ = model.encode_in_step(batch["image"].float(), batch["tokens"])
+    return calls, taps
+
+
+def test_a_bridge_joins_what_its_two_blocks_gave():
+    """It stands after the named blocks: image block 1 and text block 0 here, counted from 0."""
+    model = method_model("etris", visual_layers=(1,), text_layers=(0,)).eval()
+    batch = random_batch(model.config)
+
+    ((inputs, _),), _ = seen_by_bridges(model, batch)
+
+    words = model.text.transformer["resblocks"][0](model.text.embed(batch["tokens"]))
+    x = model.vision.embed(batch["image"].float())
+    for block in model.vision.blocks[:2]:
+        x = block(x, None, (4, 4))
+    assert_close(inputs[0], x[:, 2:], 1e-5)
+    assert_close(inputs[1], words, 1e-5)
+
+
+def test_a_tap_at_a_bridge_holds_what_the_bridge_added():
+    """Else the first bridge's work would reach the neck only by the later taps."""
+    model = method_model("etris", visual_layers=(1, 3), text_layers=(0, 1)).eval()
+
+    calls, taps = seen_by_bridges(model, random_batch(model.config))
+
+    (patches, _, _), (change, _, _) = calls[0]
+    assert model.config.taps == (1, 2)
+    assert_close(taps[0], (patches + change).transpose(1, 2).unflatten(2, (4, 4)), 1e-6)
+
+
+def test_each_bridge_gets_what_the_bridge_before_read():
+    """ETRIS hands its features on from stage to stage; the first has none to add."""
+    model = method_model("etris", visual_layers=(1, 3), text_layers=(0, 1)).eval()
+
+    calls, _ = seen_by_bridges(model, random_batch(model.config))
+
+    assert calls[0][0][2] is None
+    assert calls[1][0][2] is calls[0][1][2]
+
+
+def test_text_blocks_behind_the_last_bridge_run_too():
+    """A bridge that adds nothing leaves words and sentence as the text encoder gives them."""
+    model = method_model("etris", visual_layers=(1,), text_layers=(0,)).eval()
+    nn.init.zeros_(model.bridges[0].words_up.weight)
+    batch = random_batch(model.config)
+
+    _, words, sentence = model.encode_in_step(batch["image"].float(), batch["tokens"])
+
+    expected_words, expected_sentence = model.text(batch["tokens"])
+    assert_close(words, expected_words, 1e-6)
+    assert_close(sentence, expected_sentence, 1e-6)
+
+
+def test_with_full_the_papers_adapters_train_beside_the_encoders():
+    """Where layers are named; Table 2's own row names none."""
+    model = small_model(method="full", visual_layers=(1,), text_layers=(0,))
+
+    assert isinstance(model.vision.blocks[1].adapter, DenseCrossAdapter)
+    assert isinstance(model.text.transformer["resblocks"][0].adapter, TextAdapter)
+
+
+# ---- encoders and head ----
+
+
+def test_an_image_encoder_without_a_file_begins_with_sines():
+    """Training from nothing is faster if places can be told apart. By hand: half of the width says
+    x, half y; the first rate of each is 1, so patch (y 1, x 2) has sin 2, cos 2 and sin 1, cos 1,
+    times 0.5."""
+    vision = VisionTransformer(small_config())  # 32 wide, a table of 4 x 4
+
+    class_row = vision.pos_embed[0, 0]
+    patch_row = vision.pos_embed[0, 1 + 4 * 1 + 2]
+
+    expected = 0.5 * torch.tensor([math.sin(2), math.cos(2), math.sin(1), math.cos(1)])
+    assert_close(patch_row[[0, 1, 16, 17]], expected, 1e-6)
+    assert not class_row.any()
+
+
+def decoder_layer_in_training(dropout: float) -> tuple[DecoderLayer, Tensor]:
+    """What the layer gives for noise, too."""
+    torch.manual_seed(0)
+    layer = DecoderLayer(small_config(dropout=dropout)).train()
+    return layer, torch.randn(2, 16, 32)
+
+
+def test_every_branch_of_a_decoder_layer_is_dropped_out():
+    """As in the authors' code: both attentions and the MLP pass it before they are added. Where all
+    of it is dropped, only the residual stream is left."""
+    layer, x = decoder_layer_in_training(dropout=0.5)
+    layer.drop.p = 1.0
+    words = torch.randn(2, 5, 32)
+    pad = torch.zeros(2, 5).bool()
+
+    found = layer(x, torch.zeros(16, 32), words, torch.zeros(5, 32), pad)
+
+    assert torch.equal(found, x)
+
+
+def test_a_decoder_layer_drops_inside_its_attentions_and_its_mlp():
+    """As in the authors' code. An MLP that loses all of its inner numbers answers its last bias."""
+    layer, x = decoder_layer_in_training(dropout=0.5)
+
+    for attention in (layer.self_attn, layer.cross_attn):
+        assert not torch.equal(attention(x, x, x), attention(x, x, x))
+    for part in layer.ffn:
+        if isinstance(part, nn.Dropout):
+            part.p = 1.0
+    assert_close(layer.ffn(x), layer.ffn[-1].bias.expand(2, 16, 32), 1e-6)
+
+
+def test_the_text_encoder_may_be_wider_than_the_head():
+    """Small models of your own need not have one width; then a linear layer joins the two."""
+    model = small_model(text_width=48).eval()
+    batch = random_batch(model.config)
+
+    logits = model(batch["image"], batch["tokens"])
+
+    assert logits.shape == (4, 1, 16, 16)
+    assert isinstance(model.decoder.words, nn.Linear)
+
+
+def test_a_calm_start_gives_logits_of_about_minus_three():
+    """Most pixels are background; from nothing, training need not learn that first. The released
+    encoders' rows begin as the authors' code does, about zero."""
+    torch.manual_seed(0)
+    x = torch.randn(4, 32, 4, 4)
+    sentence = torch.randn(4, 32)
+    calm = Projector(small_config(calm_start=True))
+    usual = Projector(small_config(calm_start=False))
+
+    calm_logits = calm(x, sentence)
+    usual_logits = usual(x, sentence)
+
+    assert abs(calm_logits.mean() + 3) < 0.1
+    assert abs(usual_logits.mean()) < 1
+    assert calm_logits.std() < usual_logits.std() / 4
+
+
+def test_logits_are_float32_under_autocast():
+    """The loss takes exponentials, and bfloat16 has three digits."""
+    model = small_model().eval()
+    batch = random_batch(model.config)
+
+    with torch.autocast("cpu", torch.bfloat16):
+        logits = model(batch["image"], batch["tokens"])
+
+    assert logits.dtype == torch.float32
+
+
+# ---- configuration, rule by rule ----
+
+
+def test_every_number_has_a_lowest_value():
+    """Zero blocks or a rate below zero would end in a division or, worse, in a run that learns
+    nothing. The lowest value itself is allowed."""
+    from_one = "vision_width vision_depth vision_heads patch_size pos_grid image_size visual_rank"
+    from_one += " text_width text_depth text_heads context text_rank seeds head_width head_heads"
+    from_one += " decoder_depth decoder_ffn batch_size accumulate epochs"
+    from_zero = "registers lr clip seed workers threads save_minutes benchmark dropout warmup"
+
+    for name in from_one.split():
+        assert complaint_about(f"--{name} 0").startswith(f"--{name} 0: expected 1 or more"), name
+    for name in from_zero.split():
+        message = complaint_about(f"--{name} -1")
+        assert message.startswith(f"--{name} -1"), message
+        assert "expected 0 or more" in message, message
+        assert Config(**{name: 0})
+    for name in ("batch_size", "accumulate", "epochs", "decoder_depth", "seeds"):
+        assert Config(**{name: 1})
+
+
+def test_each_rule_about_sizes_and_blocks_refuses_alone():
+    """Each line breaks one rule only, so that no rule can hide behind another. The name that comes
+    first in the complaint is the flag to change."""
+    broken = (
+        ("vision_width", "--vision_width 772"),  # no multiple of 12 heads
+        ("vision_width", "--vision_width 774 --vision_heads 9"),  # of 9 heads, but not of 4
+        ("text_width", "--text_heads 7"),
+        ("head_width", "--head_width 516"),  # a multiple of 4, but not of 8 heads
+        ("head_width", "--head_width 514 --head_heads 2"),  # of 2 heads, but not of 4
+        ("visual_rank", "--visual_rank 24"),
+        ("visual_rank", "--method full --visual_layers 1 --visual_rank 24"),
+        ("visual_rank", "--method compacter --visual_rank 6"),
+        ("visual_rank", "--method etris --visual_rank 12"),
+        ("text_rank", "--method compacter --text_rank 6"),
+        ("visual_layers", "--visual_layers 12"),
+        ("text_layers", "--text_layers 12"),
+        ("text_layers", "--text_layers 3 3"),
+        ("taps", "--taps 4 11"),  # the last block is a tap without being named
+        ("taps", "--taps 8 4"),
+        ("taps", "--taps 1 2 3"),
+        ("text_layers", "--method etris --text_layers 3 7"),
+        ("text_length", "--text_length 2"),
+        ("vocab_size", "--vocab_size 3"),
+        ("threads", "--threads 1025"),
+        ("workers", "--workers 1025"),
+        ("seed", "--seed 4294967296"),
+        ("warmup", "--warmup 1"),
+    )
+    for name, flags in broken:
+        message = complaint_about(flags)
+        assert message.startswith(f"--{name} "), f"{flags}: {message}"
+    for name in CHOICES:
+        with_wrong_choice = functools.partial(Config, **{name: "none of them"})
+        assert f"--{name} " in error_of(ValueError, with_wrong_choice)
+    assert Config(method="dcris", visual_layers=(), visual_rank=1), "a rank that nothing has"
+    assert Config(vocab_size=4, text_length=3, workers=1024, seed=2**32 - 1)
+
+
+def test_the_presets_are_the_papers_settings():
+    """Section 4.1 of the paper and, for the taps and what the paper leaves out, the authors' code.
+    A preset that is off by one block still trains, so nothing else would tell."""
+    small = Config(**PRESETS["dcris_s"])
+    base = Config(**PRESETS["dcris_b"])
+    large = Config(**PRESETS["dcris_l"])
+    release = Config(**PRESETS["detris_b"])
+
+    odd = (1, 3, 5, 7, 9, 11)
+    assert (base.vision_width, base.vision_depth, base.vision_heads) == (768, 12, 12)
+    assert (base.image_size, base.patch_size, base.registers, base.taps) == (448, 14, 4, (4, 8))
+    assert (base.visual_layers, base.visual_rank) == (odd, 128)
+    assert (base.text_layers, base.text_rank, base.text_adapter) == (odd, 64, "plain")
+    assert (base.text_heads, base.text_length, base.head_heads, base.dropout) == (8, 17, 8, 0.1)
+    assert (base.epochs, base.lr, base.lr_steps, base.batch_size) == (50, 1e-4, (35,), 32)
+    assert (base.schedule, base.warmup, base.clip, base.calm_start) == ("step", 0, 0, False)
+    assert (base.mask_rule, base.pos_resize, base.method) == ("aligned", "dinov2", "dcris")
+    assert (small.vision_width, small.vision_heads, small.vision_depth) == (384, 6, 12)
+    assert (large.vision_width, large.vision_heads, large.vision_depth) == (1024, 16, 24)
+    assert (large.visual_layers, large.text_layers) == ((2, 6, 10, 14, 18, 22), odd)
+    assert (large.taps, large.batch_size, large.lr) == ((8, 16), 64, 2e-4)
+    assert (release.epochs, release.lr_steps) == (65, (35, 55))
+    assert (release.mask_rule, release.pos_resize) == ("detris", "detris")
+    assert release.text_adapter == "dense"
+
+
+def test_a_checkpoints_settings_stand_in_for_the_preset():
+    """A run goes on with what it began with; only flags that are given change it."""
+    saved = {"head_width": 64, "lr": 0.25, "visual_rank": 32}
+
+    config = parse_config(["--lr", "0.5"], saved)
+
+    assert config == Config(head_width=64, lr=0.5, visual_rank=32)
+
+
+def test_etris_joins_the_blocks_of_its_paper():
+    """Three stages, at the end of each third of both encoders; the parameter counts would be the
+    same at any three blocks."""
+    config = parse_config(["--preset", "dcris_b", "--method", "etris"])
+
+    assert config.visual_layers == config.text_layers == (3, 7, 11)
+    assert config.visual_rank == 128
 
 
 # ---- phrases ----
@@ -6266,9 +6719,9 @@ def test_slow_adapters_beat_a_fixed_backbone():
     config.table = 2
     scores = {}
 
-    with patch.multiple("train", SCENE_BATCHES=60, IMAGE_STEPS=400, PHRASES=640, TEXT_STEPS=100):
+    with patch.multiple("train", SCENE_BATCHES=60, IMAGE_STEPS=400, PHRASES=1200, TEXT_STEPS=150):
         pretrain(config, CPU)
-    with patch.dict("data.SHAPES", train=4000, val=200):
+    with patch.dict("data.SHAPES", train=4000, val=300):
         for row in ("frozen", "lora", "dcris"):
             result = train_row(config, row, TINY_TABLES[2][row], 0, config.lr)
             scores[row] = result["mIoU"]

@@ -179,9 +179,8 @@ def train(cfg: Config, saved: dict | None = None) -> dict:
 
     except Stopped:
         log.close()
-        read_values(
-            unread, step, lr, batches
-        )  # raises where a loss is not finite: nothing is saved
+        # raises where a loss is not finite: then nothing is saved
+        read_values(unread, step, lr, batches)
         save_checkpoint(out / "last.pt", raw, optimizer, step, best, validated)
         sys.exit(f"train.py: stopped after step {step}; go on with --resume {out / 'last.pt'}")
     end_processes()
