@@ -1430,7 +1430,7 @@ def test_a_calm_start_gives_logits_of_about_minus_three():
     calm_logits = calm(x, sentence)
     usual_logits = usual(x, sentence)
 
-    assert abs(calm_logits.mean() + 3) < 0.1
+    assert abs(calm_logits.mean() + 3) < 0.2
     assert abs(usual_logits.mean()) < 1
     assert calm_logits.std() < usual_logits.std() / 4
 
@@ -1444,6 +1444,34 @@ def test_logits_are_float32_under_autocast():
         logits = model(batch["image"], batch["tokens"])
 
     assert logits.dtype == torch.float32
+
+
+def test_the_loss_compares_with_the_share_of_a_cell_unless_told_otherwise():
+    """A quarter of the only cell is mask, and a logit of ln 3 is a probability of 3/4. By hand:
+    -(1/4 ln 3/4 + 3/4 ln 1/4). The release's rule would read one pixel only."""
+    logits = torch.full((1, 1, 1, 1), 3.0).log()
+    mask = torch.tensor([[[[1.0, 0.0], [0.0, 0.0]]]])
+
+    loss = contrastive_loss(logits, mask)
+
+    expected = -(math.log(3 / 4) + 3 * math.log(1 / 4)) / 4
+    assert abs(loss - expected) < 1e-6
+
+
+def test_what_a_rival_adds_is_counted_as_adapters():
+    """By hand, for LoRA of rank 2 in one block of each encoder, both 32 wide: A and B hold
+    2 * (2 * 32 + 32 * 2) numbers. They lie inside the encoders, but are not the encoders'."""
+    settings = {"visual_layers": (1,), "text_layers": (1,), "visual_rank": 2, "text_rank": 2}
+    rival = small_model(method="lora", **settings)
+    bare = small_model(method="frozen", visual_layers=(), text_layers=())
+
+    counts = rival.parameter_counts()
+
+    without = bare.parameter_counts()
+    assert counts["adapters"] == 2 * 2 * (2 * 32 + 32 * 2)
+    assert counts["vision"] == without["vision"]
+    assert counts["text"] == without["text"]
+    assert counts["trainable"] == without["trainable"] + counts["adapters"]
 
 
 # ---- configuration, rule by rule ----
