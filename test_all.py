@@ -6595,8 +6595,8 @@ def test_labels_say_what_lies_where():
 
 def test_the_image_encoder_is_pretrained_without_any_phrase():
     """Else stage two would have less to do than the paper's adapters. The loss must fall, too."""
-    config = small_config(workers=0, method="frozen")
-    vision = small_model(method="frozen").vision
+    config = small_config(workers=0)
+    vision = method_model("full").vision  # nothing is frozen
     before = copy.deepcopy(vision.state_dict())
 
     with (
