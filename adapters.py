@@ -44,7 +44,7 @@ class DenseCrossAdapter(nn.Module):
         reduced = F.relu(self.down(x))  # F_v: (B, S, r)
         prefix, patches = reduced.split([prefix_length, h * w], dim=1)
 
-        square = patches.transpose(1, 2).unflatten(2, (h, w)).contiguous()  # (B, r, h, w)
+        square = patches.transpose(1, 2).unflatten(2, grid).contiguous()  # (B, r, h, w)
         branches = self.dense(square).flatten(2).transpose(1, 2)  # (F_v1, F_v2, F_v3): (B, N, r)
         dense = branches + patches  # F_dense: (B, N, r)
         cross = self.cross(dense, words) + patches  # F_cross: (B, N, r)
@@ -109,19 +109,23 @@ class DenseBranches(nn.Module):
     (B, r, L).
     """
 
-    def __init__(self, rank: int, dims: int):
+    def __init__(self, rank, dims):
         super().__init__()
+
+        def conv(inputs, outputs, kernel):
+            return ConvBN(inputs, outputs, kernel, dims, eps=1e-3, bias=True)
+
         half = rank // 2
         quarter = rank // 4
         narrow = rank // 16
-        self.branch1 = ConvBN(rank, half, 1, eps=1e-3, bias=True, dims=dims)
+        self.branch1 = conv(rank, half, 1)
         self.branch2 = nn.Sequential(
-            ConvBN(rank + half, narrow, 1, eps=1e-3, bias=True, dims=dims),
-            ConvBN(narrow, quarter, 3, eps=1e-3, bias=True, dims=dims),
+            conv(rank + half, narrow, 1),
+            conv(narrow, quarter, 3),
         )
         self.branch3 = nn.Sequential(
-            ConvBN(rank + half + quarter, narrow, 1, eps=1e-3, bias=True, dims=dims),
-            ConvBN(narrow, quarter, 5, eps=1e-3, bias=True, dims=dims),
+            conv(rank + half + quarter, narrow, 1),
+            conv(narrow, quarter, 5),
         )
 
     def forward(self, x: Tensor) -> Tensor:
@@ -142,7 +146,7 @@ class CrossAttention(nn.Module):
     WIDTH = 128
     HEADS = 8
 
-    def __init__(self, rank: int, text_width: int, dropout: float):
+    def __init__(self, rank, text_width, dropout):
         super().__init__()
         self.query = nn.Linear(rank, self.WIDTH)
         self.words = nn.Linear(text_width, self.WIDTH)
@@ -156,7 +160,7 @@ class CrossAttention(nn.Module):
         return self.back(answer)
 
 
-def init_adapter(layer: nn.Module) -> None:
+def init_adapter(layer):
     """Kaiming normal weights and zero biases, as in the authors' code.
 
     No weight starts at zero, so an adapter changes the model from the first step. Attention's
@@ -176,14 +180,14 @@ class Attention(nn.Module):
     Returns (B, Q, C).
     """
 
-    def __init__(self, width: int, n_head: int, dropout: float = 0.0):
+    def __init__(self, width, n_head, dropout=0.0):
         super().__init__()
         self.n_head = n_head
         self.dropout = dropout
         self.in_proj_weight = nn.Parameter(torch.empty(3 * width, width))  # query, key, value
         self.in_proj_bias = nn.Parameter(torch.zeros(3 * width))
         self.out_proj = nn.Linear(width, width)
-        self.lora = None  # slot: in the query and value weights
+        self.lora = nn.Identity()  # slot: LoRA changes the query and value weights
         nn.init.xavier_uniform_(self.in_proj_weight)
         nn.init.zeros_(self.out_proj.bias)
 
@@ -195,27 +199,23 @@ class Attention(nn.Module):
         pad: Tensor | None = None,
         causal: bool = False,
     ) -> Tensor:
-        weight = self.in_proj_weight
-        if self.lora is not None:
-            weight = self.lora(weight)
+        weight = self.lora(self.in_proj_weight)
         query_weight, key_weight, value_weight = weight.chunk(3)
         query_bias, key_bias, value_bias = self.in_proj_bias.chunk(3)
-        q = self.split_heads(F.linear(query, query_weight, query_bias))  # (B, nh, Q, hd)
-        k = self.split_heads(F.linear(key, key_weight, key_bias))  # (B, nh, K, hd)
-        v = self.split_heads(F.linear(value, value_weight, value_bias))  # (B, nh, K, hd)
+        q = self.project(query, query_weight, query_bias)  # (B, nh, Q, hd)
+        k = self.project(key, key_weight, key_bias)  # (B, nh, K, hd)
+        v = self.project(value, value_weight, value_bias)  # (B, nh, K, hd)
 
-        seen = None
-        if pad is not None:
-            seen = ~pad[:, None, None, :]  # (B, 1, 1, K)
+        seen = None if pad is None else ~pad[:, None, None]  # (B, 1, 1, K)
         dropout = self.dropout if self.training else 0.0
         heads = F.scaled_dot_product_attention(q, k, v, seen, dropout, causal)  # (B, nh, Q, hd)
         return self.out_proj(heads.transpose(1, 2).flatten(2))  # (B, Q, C)
 
-    def split_heads(self, x: Tensor) -> Tensor:
-        """(B, tokens, C) -> (B, nh, tokens, hd)."""
-        return x.unflatten(-1, (self.n_head, -1)).transpose(1, 2)
+    def project(self, x, weight, bias):
+        """A linear layer, its output cut into heads: (B, tokens, C) -> (B, nh, tokens, hd)."""
+        return F.linear(x, weight, bias).unflatten(-1, (self.n_head, -1)).transpose(1, 2)
 
-    def of_one_key(self, value: Tensor) -> Tensor:
+    def of_one_key(self, value):
         """What forward returns for every query where there is one key only. (B, C) -> (B, C).
 
         The plain form is `self(query, value[:, None], value[:, None])`. With one key the softmax
@@ -230,17 +230,15 @@ class Attention(nn.Module):
 class VisionAttention(nn.Module):
     """Self-attention over image tokens, under DINOv2's parameter names. (B, S, C) -> (B, S, C)."""
 
-    def __init__(self, width: int, n_head: int):
+    def __init__(self, width, n_head):
         super().__init__()
         self.n_head = n_head
         self.qkv = nn.Linear(width, 3 * width)
         self.proj = nn.Linear(width, width)
-        self.lora = None  # slot: in the query and value weights
+        self.lora = nn.Identity()  # slot: LoRA changes the query and value weights
 
     def forward(self, x: Tensor) -> Tensor:
-        weight = self.qkv.weight
-        if self.lora is not None:
-            weight = self.lora(weight)
+        weight = self.lora(self.qkv.weight)
         qkv = F.linear(x, weight, self.qkv.bias)  # (B, S, 3 * C)
         qkv = qkv.unflatten(-1, (3, self.n_head, -1))  # (B, S, 3, nh, hd)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # 3 x (B, nh, S, hd)
@@ -251,34 +249,23 @@ class VisionAttention(nn.Module):
 class ConvBN(nn.Module):
     """Convolution that keeps the size, BatchNorm, ReLU. (B, C, h, w), or (B, C, L) with dims=1."""
 
-    def __init__(
-        self,
-        inputs: int,
-        outputs: int,
-        kernel: int,
-        eps: float = 1e-5,
-        bias: bool = False,
-        dims: int = 2,
-    ):
+    def __init__(self, inputs, outputs, kernel, dims=2, eps=1e-5, bias=False):
         super().__init__()
-        padding = kernel // 2
-        if dims == 1:
-            self.conv = nn.Conv1d(inputs, outputs, kernel, padding=padding, bias=bias)
-            self.bn = nn.BatchNorm1d(outputs, eps=eps)
-        else:
-            self.conv = nn.Conv2d(inputs, outputs, kernel, padding=padding, bias=bias)
-            self.bn = nn.BatchNorm2d(outputs, eps=eps)
+        Conv = nn.Conv1d if dims == 1 else nn.Conv2d
+        BatchNorm = nn.BatchNorm1d if dims == 1 else nn.BatchNorm2d
+        self.conv = Conv(inputs, outputs, kernel, padding=kernel // 2, bias=bias)
+        self.bn = BatchNorm(outputs, eps)
 
     def forward(self, x: Tensor) -> Tensor:
         return F.relu(self.normalise(self.conv(x)))
 
-    def normalise(self, x: Tensor) -> Tensor:
+    def normalise(self, x):
         if self.training and dist.is_initialized():
             return batch_norm_over_processes(x, self.bn)
         return self.bn(x)
 
 
-def batch_norm_over_processes(x: Tensor, bn: nn.BatchNorm1d | nn.BatchNorm2d) -> Tensor:
+def batch_norm_over_processes(x, bn):
     """BatchNorm of a training batch whose samples are spread over processes, equally many in each.
 
     The law of total variance joins the processes' own averages: the variance of all samples is the
@@ -308,20 +295,17 @@ def batch_norm_over_processes(x: Tensor, bn: nn.BatchNorm1d | nn.BatchNorm2d) ->
 class SumOverProcesses(torch.autograd.Function):
     """The sum of a tensor over all processes.
 
-    Every process goes on with the sum, so its gradient is the sum of all processes' gradients.
+    Every process goes on with the sum, so the way back is the way there: the gradient is the sum of
+    all processes' gradients. torch's own sum with a gradient refuses to be compiled.
     """
 
     @staticmethod
-    def forward(ctx, x: Tensor) -> Tensor:
+    def forward(ctx, x):
         total = x.clone()
         dist.all_reduce(total)
         return total
 
-    @staticmethod
-    def backward(ctx, grad: Tensor) -> Tensor:
-        total = grad.clone()
-        dist.all_reduce(total)
-        return total
+    backward = forward
 
 
 # ---- the rivals of Table 2 ----
@@ -334,7 +318,7 @@ class LoRA(nn.Module):
     zero. The paper's factor alpha / r is 1.
     """
 
-    def __init__(self, width: int, rank: int):
+    def __init__(self, width, rank):
         super().__init__()
         self.A = nn.Parameter(torch.randn(2, rank, width) * width**-0.5)
         self.B = nn.Parameter(torch.zeros(2, width, rank))
@@ -348,7 +332,7 @@ class LoRA(nn.Module):
 class HoulsbyAdapter(nn.Module):
     """Adapter (Houlsby et al. 2019, Figure 2): h + up(relu(down(h))), here after an MLP."""
 
-    def __init__(self, width: int, rank: int):
+    def __init__(self, width, rank):
         super().__init__()
         self.down = nn.Linear(width, rank)
         self.up = nn.Linear(rank, width)
@@ -365,7 +349,7 @@ class HoulsbyAdapter(nn.Module):
 class Compacter(nn.Module):
     """Compacter (Karimi Mahabadi et al. 2021): Houlsby's adapter of hypercomplex layers."""
 
-    def __init__(self, width: int, rank: int, A: nn.Parameter):
+    def __init__(self, width, rank, A):
         super().__init__()
         self.down = HypercomplexLinear(width, rank, A)
         self.up = HypercomplexLinear(rank, width, A)
@@ -387,7 +371,7 @@ class HypercomplexLinear(nn.Module):
 
     K = 16
 
-    def __init__(self, inputs: int, outputs: int, A: nn.Parameter):
+    def __init__(self, inputs, outputs, A):
         super().__init__()
         n = len(A)
         self.A = A
@@ -403,7 +387,7 @@ class HypercomplexLinear(nn.Module):
         return outputs.flatten(-2) + self.b
 
 
-def glorot_uniform(n: int, rows: int, columns: int) -> Tensor:
+def glorot_uniform(n, rows, columns):
     """n random matrices, drawn as Compacter's code does: Glorot's rule with gain sqrt(2)."""
     limit = math.sqrt(12 / (rows + columns))
     return limit * (2 * torch.rand(n, rows, columns) - 1)
@@ -417,7 +401,7 @@ class EtrisBridge(nn.Module):
     v (B, N, r) and t (B, L, r) are what its attentions read.
     """
 
-    def __init__(self, width: int, text_width: int, rank: int, first: bool):
+    def __init__(self, width, text_width, rank, first):
         super().__init__()
         self.down = ConvBN(width, rank, 1, dims=1)
         self.up = ConvBN(rank, width, 1, dims=1)
@@ -429,20 +413,14 @@ class EtrisBridge(nn.Module):
         self.attn = Attention(rank, n_head=8)
         self.words_attn = Attention(rank, n_head=8)
 
-        for conv in (self.down.conv, self.up.conv):
-            nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
-        for linear in (
-            self.words_down,
-            self.words_up,
-            self.attn.out_proj,
-            self.words_attn.out_proj,
-        ):
-            nn.init.normal_(linear.weight, std=0.02)
-            nn.init.zeros_(linear.bias)
+        for layer in self.modules():
+            if isinstance(layer, nn.Conv1d):
+                nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
+            if isinstance(layer, nn.Linear):
+                nn.init.normal_(layer.weight, std=0.02)
+                nn.init.zeros_(layer.bias)
 
-    def forward(
-        self, patches: Tensor, words: Tensor, before: tuple[Tensor, Tensor] | None
-    ) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
+    def forward(self, patches: Tensor, words: Tensor, before: tuple | None) -> tuple:
         v = self.down(patches.mT).mT  # (B, N, r)
         t = self.words_down(words)  # (B, L, r)
         if before is not None:
@@ -469,43 +447,43 @@ ADAPTERS = (
 )
 
 
-def adapter_keys(module: nn.Module) -> set[str]:
-    """State-dict names of all that a method added below the module: what no released file holds."""
+def adapter_keys(module):
+    """The set of state-dict names that a method added to the module: what no released file holds."""
     keys = set()
     for name, part in module.named_modules():
         if isinstance(part, ADAPTERS):
-            keys |= {f"{name}.{key}" for key in part.state_dict()}
+            keys.update(part.state_dict(prefix=f"{name}."))
     return keys
 
 
-def add_adapters(image_blocks: nn.ModuleList, text_blocks: nn.ModuleList, cfg) -> None:
+def add_adapters(image_blocks, text_blocks, cfg):
     """Put what cfg.method asks for into the slots of the blocks that cfg's layers name.
 
     cfg: model.Config. "frozen" and "etris" put nothing into blocks (see etris_bridges). "full"
     trains the encoders themselves; METHODS gives it no layers, and where a preset or a flag names
     some, it gets the paper's adapters there as well.
     """
-    compacter_A = nn.Parameter(0.01 * torch.randn(4, 4, 4))  # one for all layers of both encoders
+    # One for all layers of both encoders. It is drawn whatever the method, since a draw moves all
+    # that come after it: so the seeds behind the README's tables still give its numbers.
+    compacter_A = nn.Parameter(0.01 * torch.randn(4, 4, 4))
+    has_papers_adapters = cfg.method in ("dcris", "full")
 
     for i in cfg.visual_layers:
-        add_to_block(image_blocks[i], cfg.vision_width, cfg.visual_rank, cfg.method, compacter_A)
-        if cfg.method in ("dcris", "full"):
-            adapter = DenseCrossAdapter(
+        add_rival(image_blocks[i], cfg.method, cfg.vision_width, cfg.visual_rank, compacter_A)
+        if has_papers_adapters:
+            image_blocks[i].adapter = DenseCrossAdapter(
                 cfg.vision_width, cfg.visual_rank, cfg.text_width, cfg.dropout
             )
-            image_blocks[i].adapter = adapter
 
     for i in cfg.text_layers:
-        add_to_block(text_blocks[i], cfg.text_width, cfg.text_rank, cfg.method, compacter_A)
-        if cfg.method in ("dcris", "full"):
+        add_rival(text_blocks[i], cfg.method, cfg.text_width, cfg.text_rank, compacter_A)
+        if has_papers_adapters:
             kind = TextAdapter if cfg.text_adapter == "plain" else DenseTextAdapter
             text_blocks[i].adapter = kind(cfg.text_width, cfg.text_rank)
 
 
-def add_to_block(
-    block: nn.Module, width: int, rank: int, method: str, compacter_A: nn.Parameter
-) -> None:
-    """The rivals that treat both encoders alike."""
+def add_rival(block, method, width, rank, compacter_A):
+    """Those of Table 2 that treat the blocks of both encoders alike."""
     if method == "lora":
         block.attn.lora = LoRA(width, rank)
     if method == "adapter":
@@ -515,8 +493,8 @@ def add_to_block(
         block.after_mlp = Compacter(width, rank, compacter_A)
 
 
-def etris_bridges(cfg) -> nn.ModuleList:
-    """One bridge for each pair of cfg.visual_layers and cfg.text_layers; none unless ETRIS."""
+def etris_bridges(cfg):
+    """ETRIS's bridges, one for each pair of cfg.visual_layers and cfg.text_layers; for others none."""
     bridges = nn.ModuleList()
     if cfg.method == "etris":
         for i in cfg.visual_layers:
@@ -528,14 +506,14 @@ def etris_bridges(cfg) -> nn.ModuleList:
 # ---- fixed position tables ----
 
 
-def sine_positions(length: int, width: int) -> Tensor:
+def sine_positions(length, width):
     """Vaswani et al. 2017, section 3.5, sine and cosine interleaved: (length, width)."""
     rate = torch.exp(torch.arange(0, width, 2) * (-math.log(10000.0) / width))
     angle = torch.arange(length)[:, None] * rate
     return torch.stack([angle.sin(), angle.cos()], dim=-1).flatten(1)
 
 
-def square_positions(side: int, width: int) -> Tensor:
+def square_positions(side, width):
     """The same for a square of patches, (side * side, width): half of the width says x, half y."""
     line = sine_positions(side, width // 2)
     x = line.repeat(side, 1)

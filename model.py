@@ -25,6 +25,7 @@ width; D text width; d head width; R registers.
 
 import argparse
 import math
+from collections import Counter, OrderedDict
 from dataclasses import dataclass, field, fields
 
 import torch
@@ -111,7 +112,6 @@ class Config:
     # data
     dataset: str = option("refcoco", "name of a data set, or the path of a .jsonl file of your own")
     data_root: str = option("data", "folder of RefCOCO's annotations and COCO's photos")
-    mix_leaky: bool = option(False, "let mix train on photos of val and test splits too")
     cache: str = option("", "folder for letterboxed photos in one file, which loads faster")
     weights: str = option(
         "weights", "folder of the released encoders, a .pt file of ours, or none (start at random)"
@@ -137,7 +137,7 @@ class Config:
     resume: str = option("", "checkpoint to go on from, such as out/last.pt")
 
     # instead of training
-    preset: str = option("", "the preset that the command line named")
+    preset: str = option("", "settings to start from; tiny's where none is named")
     pretrain: bool = option(False, "make the small encoders of --weights anew and stop")
     table: int = option(
         0, "print the rows of this table of the paper (2, 3, 4, 5); with --preset tiny, train them"
@@ -153,113 +153,10 @@ class Config:
         check_shapes(self)
         check_layers(self)
 
-
-CHOICES = {
-    "pos_resize": ("dinov2", "detris"),
-    "text_adapter": ("plain", "dense"),
-    "mask_rule": ("aligned", "detris"),
-    "method": ("dcris", "lora", "adapter", "compacter", "etris", "frozen", "full"),
-    "schedule": ("step", "cosine"),
-    "table": (0, 2, 3, 4, 5),
-}
-AT_LEAST_ONE = [
-    "vision_width",
-    "vision_depth",
-    "vision_heads",
-    "patch_size",
-    "pos_grid",
-    "image_size",
-    "visual_rank",
-    "text_width",
-    "text_depth",
-    "text_heads",
-    "context",
-    "text_rank",
-    "seeds",
-    "head_width",
-    "head_heads",
-    "decoder_depth",
-    "decoder_ffn",
-    "batch_size",
-    "accumulate",
-    "epochs",
-]
-AT_LEAST_ZERO = [
-    "registers",
-    "lr",
-    "clip",
-    "seed",
-    "workers",
-    "threads",
-    "save_minutes",
-    "benchmark",
-]
-
-
-def refuse(cfg: Config, name: str, expected: str) -> None:
-    raise ValueError(f"--{name} {getattr(cfg, name)}: expected {expected}")
-
-
-def check_ranges(cfg: Config) -> None:
-    for name, choices in CHOICES.items():
-        if getattr(cfg, name) not in choices:
-            refuse(cfg, name, f"one of {choices}")
-    for name in AT_LEAST_ONE:
-        if getattr(cfg, name) < 1:
-            refuse(cfg, name, "1 or more")
-    for name in AT_LEAST_ZERO:
-        if not 0 <= getattr(cfg, name) < math.inf:
-            refuse(cfg, name, "0 or more")
-    if cfg.seed >= 2**32:
-        refuse(cfg, "seed", "less than 2 ** 32")
-    for name in ("workers", "threads"):
-        if getattr(cfg, name) > 1024:
-            refuse(cfg, name, "at most 1024")
-    for name in ("dropout", "warmup"):
-        if not 0 <= getattr(cfg, name) < 1:
-            refuse(cfg, name, "0 or more and less than 1")
-    if cfg.vocab_size < 4:
-        refuse(cfg, "vocab_size", "4 or more: padding, a word, start and end")
-    if not 3 <= cfg.text_length <= cfg.context:
-        refuse(cfg, "text_length", f"3 to {cfg.context}, the length of --context")
-
-
-def check_shapes(cfg: Config) -> None:
-    if cfg.image_size % cfg.patch_size:
-        refuse(cfg, "image_size", f"a multiple of --patch_size {cfg.patch_size}")
-    if cfg.vision_width % cfg.vision_heads or cfg.vision_width % 4:
-        refuse(cfg, "vision_width", f"a multiple of 4 and of --vision_heads {cfg.vision_heads}")
-    if cfg.text_width % cfg.text_heads:
-        refuse(cfg, "text_width", f"a multiple of --text_heads {cfg.text_heads}")
-    if cfg.head_width % cfg.head_heads or cfg.head_width % 4:
-        refuse(cfg, "head_width", f"a multiple of 4 and of --head_heads {cfg.head_heads}")
-
-
-# r / 16 channels inside Eq. 1, four pieces of a hypercomplex layer, eight heads
-RANK_UNITS = {"dcris": 16, "full": 16, "compacter": 4, "etris": 8}
-
-
-def check_layers(cfg: Config) -> None:
-    unit = RANK_UNITS.get(cfg.method, 1)
-    if cfg.visual_layers and cfg.visual_rank % unit:
-        refuse(cfg, "visual_rank", f"a multiple of {unit} with --method {cfg.method}")
-    if cfg.text_layers and cfg.text_rank % unit:
-        refuse(cfg, "text_rank", f"a multiple of {unit} with --method {cfg.method}")
-
-    check_blocks(cfg, "visual_layers", cfg.vision_depth)
-    check_blocks(cfg, "text_layers", cfg.text_depth)
-    check_blocks(cfg, "taps", cfg.vision_depth - 1)
-    if len(cfg.taps) != 2:
-        refuse(cfg, "taps", "two blocks")
-    if cfg.method == "etris" and len(cfg.text_layers) != len(cfg.visual_layers):
-        refuse(cfg, "text_layers", f"as many blocks as --visual_layers {cfg.visual_layers}")
-
-
-def check_blocks(cfg: Config, name: str, depth: int) -> None:
-    blocks = getattr(cfg, name)
-    inside = all(i in range(depth) for i in blocks)
-    if not inside or list(blocks) != sorted(set(blocks)):
-        refuse(cfg, name, f"rising block numbers from 0 to {depth - 1}")
+    @property
+    def grid_side(self) -> int:
+        """Side of the patch grid, in patches."""
+        return self.image_size // self.patch_size
 
 
 PRESETS = {  # differences from the defaults, nothing else
@@ -285,7 +182,6 @@ PRESETS = {  # differences from the defaults, nothing else
         "text_rank": 32,
         "head_width": 64,
         "head_heads": 4,
-        "decoder_depth": 3,
         "decoder_ffn": 256,
         "dropout": 0.0,
         "calm_start": True,
@@ -347,37 +243,111 @@ def parse_config(argv: list[str] | None = None, saved: dict | None = None) -> Co
     argv: flags without the program's name; None takes the command line's. A wrong flag or value
     prints one line to stderr and exits with status 2.
     """
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    first.add_argument(
-        "--preset", choices=PRESETS, default="", help="settings to start from (default: tiny)"
-    )
-    preset = PRESETS[first.parse_known_args(argv)[0].preset or "tiny"]
-    defaults = Config(**preset)
-
     parser = argparse.ArgumentParser(
-        parents=[first], argument_default=argparse.SUPPRESS, allow_abbrev=False
+        add_help=False,
+        allow_abbrev=False,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     for f in fields(Config):
-        if f.name == "preset":
-            continue
-        help_line = f"{f.metadata['help']} (default: {getattr(defaults, f.name)})"
+        flag = f"--{f.name}"
+        sentence = f.metadata["help"]
         if f.type is bool:
-            action = argparse.BooleanOptionalAction
-            parser.add_argument(f"--{f.name}", action=action, help=help_line)
+            parser.add_argument(flag, action=argparse.BooleanOptionalAction, help=sentence)
         elif f.type is tuple:
-            parser.add_argument(f"--{f.name}", type=int, nargs="*", help=help_line)
+            parser.add_argument(flag, type=int, nargs="*", help=sentence)
         else:
-            choices = CHOICES.get(f.name)
-            parser.add_argument(f"--{f.name}", type=f.type, choices=choices, help=help_line)
-    flags = vars(parser.parse_args(argv))
+            parser.add_argument(flag, type=f.type, choices=CHOICES.get(f.name), help=sentence)
 
+    # The flags are read twice: first for preset and method, whose settings are the defaults of the
+    # second reading. Only then comes --help, so that it can print them.
+    named, _ = parser.parse_known_args(argv)
     settings = saved
-    if settings is None:
-        settings = METHODS[flags.get("method", defaults.method)] | preset
+    if saved is None:
+        settings = METHODS[named.method or "dcris"] | PRESETS[named.preset or "tiny"]
+    parser.set_defaults(**vars(Config()) | settings)
+    parser.add_argument("-h", "--help", action="help", help="print this and stop")
+    flags = parser.parse_args(argv)
     try:
-        return Config(**settings | flags)
+        return Config(**vars(flags))
     except ValueError as error:
         parser.error(str(error))
+
+
+CHOICES = {
+    "preset": (*PRESETS, ""),
+    "method": tuple(METHODS),
+    "pos_resize": ("dinov2", "detris"),
+    "text_adapter": ("plain", "dense"),
+    "mask_rule": ("aligned", "detris"),
+    "schedule": ("step", "cosine"),
+    "table": (0, 2, 3, 4, 5),
+}
+MAY_BE_ZERO = ("registers", "seed", "workers", "threads", "table", "benchmark")  # whole numbers
+BELOW = {"dropout": 1, "warmup": 1, "seed": 2**32, "workers": 1025, "threads": 1025}
+DIVISORS = {
+    "image_size": "patch_size",
+    "vision_width": "vision_heads",
+    "text_width": "text_heads",
+    "head_width": "head_heads",
+}
+# r / 16 channels inside Eq. 1, four pieces of a hypercomplex layer, eight heads
+RANK_UNITS = {"dcris": 16, "full": 16, "compacter": 4, "etris": 8}
+
+
+def check_ranges(cfg):
+    for name, choices in CHOICES.items():
+        if getattr(cfg, name) not in choices:
+            refuse(cfg, name, f"one of {choices}")
+    for f in fields(cfg):
+        value = getattr(cfg, f.name)
+        if f.type is int and value < 1 and f.name not in MAY_BE_ZERO:
+            refuse(cfg, f.name, "1 or more")
+        if f.type in (int, float) and not 0 <= value < math.inf:
+            refuse(cfg, f.name, "0 or more")
+    for name, bound in BELOW.items():
+        if getattr(cfg, name) >= bound:
+            refuse(cfg, name, f"less than {bound}")
+    if cfg.vocab_size < 4:
+        refuse(cfg, "vocab_size", "4 or more: padding, a word, start and end")
+    if not 3 <= cfg.text_length <= cfg.context:
+        refuse(cfg, "text_length", f"3 to {cfg.context}, the length of --context")
+
+
+def check_shapes(cfg):
+    for name, divisor in DIVISORS.items():
+        unit = getattr(cfg, divisor)
+        if getattr(cfg, name) % unit:
+            refuse(cfg, name, f"a multiple of --{divisor} {unit}")
+    for name in ("vision_width", "head_width"):
+        if getattr(cfg, name) % 4:
+            refuse(cfg, name, "a multiple of 4: sine and cosine of x and of y")
+
+
+def check_layers(cfg):
+    unit = RANK_UNITS.get(cfg.method, 1)
+    if cfg.visual_layers and cfg.visual_rank % unit:
+        refuse(cfg, "visual_rank", f"a multiple of {unit} with --method {cfg.method}")
+    if cfg.text_layers and cfg.text_rank % unit:
+        refuse(cfg, "text_rank", f"a multiple of {unit} with --method {cfg.method}")
+
+    depths = {
+        "visual_layers": cfg.vision_depth,
+        "text_layers": cfg.text_depth,
+        "taps": cfg.vision_depth - 1,
+    }
+    for name, depth in depths.items():
+        blocks = getattr(cfg, name)
+        rising = tuple(i for i in range(depth) if i in blocks)
+        if blocks != rising:
+            refuse(cfg, name, f"rising block numbers from 0 to {depth - 1}")
+    if len(cfg.taps) != 2:
+        refuse(cfg, "taps", "two blocks")
+    if cfg.method == "etris" and len(cfg.text_layers) != len(cfg.visual_layers):
+        refuse(cfg, "text_layers", f"as many blocks as --visual_layers {cfg.visual_layers}")
+
+
+def refuse(cfg, name, expected):
+    raise ValueError(f"--{name} {getattr(cfg, name)}: expected {expected}")
 
 
 # ---- image encoder: DINOv2 with registers, under the released parameter names ----
@@ -393,27 +363,29 @@ class VisionTransformer(nn.Module):
     encoder; the exact blocks, and that only the last tap is normalised, are the authors' code's.
     """
 
-    def __init__(self, cfg: Config):
+    def __init__(self, cfg):
         super().__init__()
         C = cfg.vision_width
-        side = cfg.image_size // cfg.patch_size
-        self.grid = (side, side)  # (h, w)
-        self.table_side = cfg.pos_grid
+        self.grid = (cfg.grid_side, cfg.grid_side)  # (h, w)
+        self.pos_grid = cfg.pos_grid
         self.pos_resize = cfg.pos_resize
-        self.prefix = 1 + cfg.registers
+        self.prefix_length = 1 + cfg.registers
         self.taps = cfg.taps
 
-        self.patch_embed = PatchEmbed(C, cfg.patch_size)
+        # dicts of one entry, here and in the text encoder, so that the released names fit
+        patch_layer = nn.Conv2d(3, C, cfg.patch_size, stride=cfg.patch_size)
+        self.patch_embed = nn.ModuleDict({"proj": patch_layer})
         self.cls_token = nn.Parameter(torch.zeros(1, 1, C))
         self.register_tokens = nn.Parameter(1e-6 * torch.randn(1, cfg.registers, C))
         self.mask_token = nn.Parameter(torch.zeros(1, C))  # of DINOv2's pretraining, not read here
         # differs: sines instead of random numbers, for training from nothing; a released file
         # replaces them
         table = 0.5 * square_positions(cfg.pos_grid, C)
-        class_row = torch.zeros(1, C)
-        self.pos_embed = nn.Parameter(torch.cat([class_row, table])[None])  # (1, 1 + grid ** 2, C)
-        blocks = [VisionBlock(C, cfg.vision_heads) for _ in range(cfg.vision_depth)]
-        self.blocks = nn.ModuleList(blocks)
+        with_class_row = F.pad(table, (0, 0, 1, 0))  # zeros for the class token, on top
+        self.pos_embed = nn.Parameter(with_class_row[None])  # (1, 1 + pos_grid ** 2, C)
+        self.blocks = nn.ModuleList(
+            VisionBlock(C, cfg.vision_heads) for _ in range(cfg.vision_depth)
+        )
         self.norm = nn.LayerNorm(C, eps=1e-6)
 
     def forward(self, image: Tensor, words: Tensor | None) -> list[Tensor]:
@@ -426,92 +398,74 @@ class VisionTransformer(nn.Module):
         taps.append(self.to_square(self.norm(x)))
         return taps
 
-    def embed(self, image: Tensor) -> Tensor:
+    def embed(self, image):
         """(B, 3, H, W) -> (B, S, C): class token, registers, patches."""
-        patches = self.patch_embed(image)  # (B, N, C)
-        B = len(image)
+        patches = self.patch_embed["proj"](image).flatten(2).transpose(1, 2)  # (B, N, C)
         positions = self.positions()
         cls_token = self.cls_token + positions[:, :1]
-        patches = patches + positions[:, 1:]
-        registers = self.register_tokens  # these have no position
-        prefix = torch.cat([cls_token, registers], dim=1).expand(B, -1, -1)  # (B, 1 + R, C)
-        return torch.cat([prefix, patches], dim=1)
+        prefix = torch.cat([cls_token, self.register_tokens], dim=1)  # registers have no position
+        prefix = prefix.expand(len(image), -1, -1)  # (B, 1 + R, C)
+        return torch.cat([prefix, patches + positions[:, 1:]], dim=1)
 
-    def positions(self) -> Tensor:
+    def positions(self):
         """The stored table, bicubically resized to this grid: (1, 1 + N, C)."""
-        if self.grid == (self.table_side, self.table_side):
+        stored_grid = (self.pos_grid, self.pos_grid)
+        if self.grid == stored_grid:
             return self.pos_embed
         class_row = self.pos_embed[:, :1]
-        table = self.pos_embed[:, 1:].unflatten(1, (self.table_side, self.table_side))
-        table = table.permute(0, 3, 1, 2)  # (1, C, side, side)
+        table = self.pos_embed[:, 1:].transpose(1, 2).unflatten(2, stored_grid)
         if self.pos_resize == "dinov2":  # as DINOv2's own models with registers do
             table = F.interpolate(table, size=self.grid, mode="bicubic", antialias=True)
         else:  # as the authors' release does: 0.1 keeps the size from being rounded down
-            factors = [(side + 0.1) / self.table_side for side in self.grid]
-            table = F.interpolate(table, scale_factor=factors, mode="bicubic")
+            factor = (self.grid[0] + 0.1) / self.pos_grid
+            table = F.interpolate(table, scale_factor=factor, mode="bicubic")
         return torch.cat([class_row, table.flatten(2).transpose(1, 2)], dim=1)
 
-    def to_square(self, x: Tensor) -> Tensor:
+    def to_square(self, x):
         """The patches of (B, S, C), as a square: (B, C, h, w)."""
-        return x[:, self.prefix :].transpose(1, 2).unflatten(2, self.grid)
-
-
-class PatchEmbed(nn.Module):
-    """Cuts an image into patches, a vector each. (B, 3, H, W) -> (B, N, C)."""
-
-    def __init__(self, width: int, patch_size: int):
-        super().__init__()
-        self.proj = nn.Conv2d(3, width, patch_size, stride=patch_size)
-
-    def forward(self, image: Tensor) -> Tensor:
-        return self.proj(image).flatten(2).transpose(1, 2)
+        return x[:, self.prefix_length :].transpose(1, 2).unflatten(2, self.grid)
 
 
 class VisionBlock(nn.Module):
-    """Block of DINOv2 with the places that a method may fill: each slot holds a module or None."""
+    """Block of DINOv2, with slots: places that a method may put a module of its own into."""
 
-    def __init__(self, width: int, n_head: int):
+    def __init__(self, width, n_head):
         super().__init__()
         self.norm1 = nn.LayerNorm(width, eps=1e-6)
         self.attn = VisionAttention(width, n_head)  # its own slot is attn.lora
         self.ls1 = LayerScale(width)
         self.norm2 = nn.LayerNorm(width, eps=1e-6)
-        self.mlp = VisionMLP(width)
+        self.mlp = mlp(width, "fc1", nn.GELU(), "fc2")
         self.ls2 = LayerScale(width)
 
-        self.after_attention = None  # slot
-        self.after_mlp = None  # slot
+        self.after_attention = nn.Identity()  # slot
+        self.after_mlp = nn.Identity()  # slot
         self.adapter = None  # slot beside the MLP: DenseCrossAdapter
 
     def forward(self, x: Tensor, words: Tensor | None, grid: tuple[int, int]) -> Tensor:
-        attended = self.attn(self.norm1(x))
-        if self.after_attention is not None:
-            attended = self.after_attention(attended)
+        attended = self.after_attention(self.attn(self.norm1(x)))
         x = x + self.ls1(attended)
 
         normed = self.norm2(x)
-        change = self.mlp(normed)
-        if self.after_mlp is not None:
-            change = self.after_mlp(change)
+        change = self.after_mlp(self.mlp(normed))
         if self.adapter is not None:
             change = change + ADAPTER_SCALE * self.adapter(normed, words, grid)
         return x + self.ls2(change)  # the adapter inside LayerScale, as in the authors' code
 
 
-class VisionMLP(nn.Module):
-    def __init__(self, width: int):
-        super().__init__()
-        self.fc1 = nn.Linear(width, 4 * width)
-        self.fc2 = nn.Linear(4 * width, width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(x)))
+def mlp(width, first, activation, second):
+    """A block's MLP, four times as wide inside; the two names are the released ones."""
+    layers = OrderedDict()
+    layers[first] = nn.Linear(width, 4 * width)
+    layers["activation"] = activation
+    layers[second] = nn.Linear(4 * width, width)
+    return nn.Sequential(layers)
 
 
 class LayerScale(nn.Module):
     """A learned factor for each channel of a residual branch."""
 
-    def __init__(self, width: int):
+    def __init__(self, width):
         super().__init__()
         self.gamma = nn.Parameter(torch.ones(width))
 
@@ -529,13 +483,12 @@ class TextTransformer(nn.Module):
     the word at the end token, projected.
     """
 
-    def __init__(self, cfg: Config):
+    def __init__(self, cfg):
         super().__init__()
         D = cfg.text_width
         self.token_embedding = nn.Embedding(cfg.vocab_size, D)
         self.positional_embedding = nn.Parameter(torch.empty(cfg.context, D))
         blocks = [TextBlock(D, cfg.text_heads) for _ in range(cfg.text_depth)]
-        # a dict of one entry, so that the released names fit
         self.transformer = nn.ModuleDict({"resblocks": nn.ModuleList(blocks)})
         self.ln_final = nn.LayerNorm(D)
         self.text_projection = nn.Parameter(D**-0.5 * torch.randn(D, D))
@@ -551,11 +504,13 @@ class TextTransformer(nn.Module):
             x = block(x)
         return self.read_out(x, tokens)
 
-    def embed(self, tokens: Tensor) -> Tensor:
+    def embed(self, tokens):
+        """(B, L) -> (B, L, D)."""
         L = tokens.shape[1]
         return self.token_embedding(tokens) + self.positional_embedding[:L]
 
-    def read_out(self, x: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    def read_out(self, x, tokens):
+        """Words and sentence from what the last block gave."""
         words = self.ln_final(x)  # f_t: (B, L, D)
         end = tokens.argmax(dim=1)  # the end token has the largest id
         pair = torch.arange(len(tokens), device=tokens.device)
@@ -566,43 +521,33 @@ class TextTransformer(nn.Module):
 class TextBlock(nn.Module):
     """Block of CLIP's text transformer, with the same slots as VisionBlock."""
 
-    def __init__(self, width: int, n_head: int):
+    def __init__(self, width, n_head):
         super().__init__()
         self.ln_1 = nn.LayerNorm(width)
         self.attn = Attention(width, n_head)  # its own slot is attn.lora
         self.ln_2 = nn.LayerNorm(width)
-        self.mlp = TextMLP(width)
+        self.mlp = mlp(width, "c_fc", QuickGELU(), "c_proj")
 
-        self.after_attention = None  # slot
-        self.after_mlp = None  # slot
+        self.after_attention = nn.Identity()  # slot
+        self.after_mlp = nn.Identity()  # slot
         self.adapter = None  # slot beside the MLP: TextAdapter
 
     def forward(self, x: Tensor) -> Tensor:
         normed = self.ln_1(x)
         attended = self.attn(normed, normed, normed, causal=True)
-        if self.after_attention is not None:
-            attended = self.after_attention(attended)
-        x = x + attended
+        x = x + self.after_attention(attended)
 
-        change = self.mlp(self.ln_2(x))
-        if self.after_mlp is not None:
-            change = self.after_mlp(change)
+        change = self.after_mlp(self.mlp(self.ln_2(x)))
         if self.adapter is not None:  # reads the stream before the norm, as in the authors' code
             change = change + ADAPTER_SCALE * self.adapter(x)
         return x + change
 
 
-class TextMLP(nn.Module):
-    """CLIP's MLP, with its approximation of GELU (QuickGELU)."""
-
-    def __init__(self, width: int):
-        super().__init__()
-        self.c_fc = nn.Linear(width, 4 * width)
-        self.c_proj = nn.Linear(4 * width, width)
+class QuickGELU(nn.Module):
+    """CLIP's approximation of GELU."""
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.c_fc(x)
-        return self.c_proj(x * torch.sigmoid(1.702 * x))
+        return x * torch.sigmoid(1.702 * x)
 
 
 # ---- head (paper, section 3.4; it comes from CRIS and ETRIS) ----
@@ -618,19 +563,17 @@ class Neck(nn.Module):
     ends with two 3x3 convolutions and a residual connection.
     """
 
-    def __init__(self, cfg: Config):
+    def __init__(self, cfg):
         super().__init__()
         d = cfg.head_width
-        side = cfg.image_size // cfg.patch_size
         self.sentence = nn.Linear(cfg.text_width, d)
         self.levels = nn.ModuleList(ConvBN(cfg.vision_width, d, 1) for _ in range(3))
         self.fuse = nn.ModuleList(Attention(d, cfg.head_heads) for _ in range(3))
         self.merge = ConvBN(3 * d, d, 1)
         self.place = nn.Sequential(ConvBN(d + 2, d, 3), ConvBN(d, d, 3))
 
-        line = torch.linspace(-1, 1, side)
-        y, x = torch.meshgrid(line, line, indexing="ij")
-        coordinates = torch.stack([x, y])[None]  # F_coord: (1, 2, h, w)
+        across = torch.linspace(-1, 1, cfg.grid_side).expand(cfg.grid_side, -1)  # x: rows are alike
+        coordinates = torch.stack([across, across.T])[None]  # F_coord: (1, 2, h, w), x and y
         self.register_buffer("coordinates", coordinates, persistent=False)
 
     def forward(self, taps: list[Tensor], sentence: Tensor) -> Tensor:
@@ -641,7 +584,7 @@ class Neck(nn.Module):
             levels.append(level(tap) * answer[:, :, None, None])  # (B, d, h, w)
         fused = self.merge(torch.cat(levels, dim=1))  # F_f: (B, d, h, w)
 
-        coordinates = self.coordinates.expand(len(fused), -1, -1, -1).to(fused.dtype)
+        coordinates = self.coordinates.expand(len(fused), -1, -1, -1)
         placed = self.place(torch.cat([fused, coordinates], dim=1))  # Conv([F_f, F_coord])
         return fused + placed  # f_c
 
@@ -652,16 +595,15 @@ class Decoder(nn.Module):
     x: f_c (B, d, h, w). words: f_t (B, L, D). pad: (B, L), True where padded. Returns F_mm, like x.
     """
 
-    def __init__(self, cfg: Config):
+    def __init__(self, cfg):
         super().__init__()
         d = cfg.head_width
-        side = cfg.image_size // cfg.patch_size
         self.words = nn.Identity()
         if cfg.text_width != d:  # never in the paper's models
             self.words = nn.Linear(cfg.text_width, d)
         self.layers = nn.ModuleList(DecoderLayer(cfg) for _ in range(cfg.decoder_depth))
         self.norm = nn.LayerNorm(d)
-        self.register_buffer("pos", square_positions(side, d), persistent=False)  # (N, d)
+        self.register_buffer("pos", square_positions(cfg.grid_side, d), persistent=False)  # (N, d)
         self.register_buffer("words_pos", sine_positions(cfg.context, d), persistent=False)
 
     def forward(self, x: Tensor, words: Tensor, pad: Tensor) -> Tensor:
@@ -681,7 +623,7 @@ class DecoderLayer(nn.Module):
     "layer normalization and residual connections".
     """
 
-    def __init__(self, cfg: Config):
+    def __init__(self, cfg):
         super().__init__()
         d = cfg.head_width
         self.norm1 = nn.LayerNorm(d)
@@ -730,11 +672,11 @@ class Projector(nn.Module):
     nothing, and pairs need no convolution each.
     """
 
-    def __init__(self, cfg: Config):
+    def __init__(self, cfg):
         super().__init__()
         d = cfg.head_width
         c = d // 2
-        side = cfg.image_size // cfg.patch_size
+        side = cfg.grid_side
         self.up = nn.Sequential(UpConvBN(d, d, side), UpConvBN(d, c, 2 * side))
         self.mix = nn.Conv2d(c, c, 1)
         self.kernel = nn.Linear(cfg.text_width, 9 * c + 1)  # last the bias
@@ -744,8 +686,8 @@ class Projector(nn.Module):
             self.kernel.bias.data[-1] = -3.0
 
     def forward(self, x: Tensor, sentence: Tensor) -> Tensor:
-        x = self.up(x)  # (B, c, 4h, 4w)
-        c = x.shape[1]
+        large = self.up(x)  # (B, c, 4h, 4w)
+        c = large.shape[1]
         kernel, bias = self.kernel(sentence).split([9 * c, 1], dim=1)  # F_l: (B, 9 * c), (B, 1)
         kernel = kernel.unflatten(1, (c, 9)).transpose(1, 2)  # (B, 9, c)
         # F.fold adds map k of pixel q to pixel q + k - 1; a convolution reads pixel p + k - 1 for
@@ -754,8 +696,10 @@ class Projector(nn.Module):
 
         mixed_kernel = kernel @ self.mix.weight.flatten(1)  # (B, 9, c)
         mixed_bias = kernel @ self.mix.bias[:, None]  # (B, 9, 1)
-        maps = mixed_kernel @ x.flatten(2) + mixed_bias  # (B, 9, 16 * h * w)
-        logits = F.fold(maps, x.shape[2:], kernel_size=3, padding=1)  # F_c . F_l: (B, 1, 4h, 4w)
+        maps = mixed_kernel @ large.flatten(2) + mixed_bias  # (B, 9, 16 * h * w)
+        logits = F.fold(
+            maps, large.shape[2:], kernel_size=3, padding=1
+        )  # F_c . F_l: (B, 1, 4h, 4w)
         return logits + bias[:, :, None, None]
 
 
@@ -771,13 +715,13 @@ class UpConvBN(ConvBN):
     the three columns, and the same matrix does it along y.
     """
 
-    def __init__(self, inputs: int, outputs: int, side: int):
+    def __init__(self, inputs, outputs, side):
         super().__init__(inputs, outputs, 3)
-        one_pixel_each = torch.eye(side)[None]  # (1, side, side)
-        enlarge = F.interpolate(one_pixel_each, scale_factor=2, mode="linear")[0].T  # (2h, h)
-        padded = F.pad(enlarge, (0, 0, 1, 1))  # (2h + 2, h)
-        shifted = [padded[k : k + 2 * side] for k in range(3)]
-        matrix = torch.cat(shifted, dim=1)  # (2h, 3h)
+        one_pixel_each = torch.eye(side)[None]  # (1, h, h)
+        enlarged = F.interpolate(one_pixel_each, scale_factor=2, mode="linear")[0]  # (h, 2h)
+        padded = F.pad(enlarged, (1, 1))  # (h, 2h + 2)
+        shifted = padded.unfold(1, 2 * side, 1)  # (h, 3, 2h), a shift for each column of the kernel
+        matrix = shifted.permute(2, 1, 0).flatten(1)  # (2h, 3h)
         self.register_buffer("matrix", matrix, persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -807,6 +751,13 @@ class DCRIS(nn.Module):
         self.keeps_encoders = True  # whether checkpoints hold the encoders; weights.py decides
         self.vision = VisionTransformer(config)
         self.text = TextTransformer(config)
+        if config.method != "full":
+            self.vision.requires_grad_(False)
+            self.text.requires_grad_(False)
+        # never read here: DistributedDataParallel refuses parameters that get no gradient
+        self.vision.mask_token.requires_grad_(False)
+        self.text.logit_scale.requires_grad_(False)
+        # what follows trains
         add_adapters(self.vision.blocks, self.text.transformer["resblocks"], config)
         self.bridges = etris_bridges(config)
         self.neck = Neck(config)
@@ -814,23 +765,12 @@ class DCRIS(nn.Module):
         self.projector = Projector(config)
         self.register_buffer("mean", 255 * torch.tensor(MEAN).view(3, 1, 1), persistent=False)
         self.register_buffer("std", 255 * torch.tensor(STD).view(3, 1, 1), persistent=False)
-        self.freeze()
-
-    def freeze(self) -> None:
-        """Freeze both encoders, but nothing that a method added; with "full" freeze nothing."""
-        added = adapter_keys(self)
-        for name, parameter in self.named_parameters():
-            in_encoder = name.startswith(("vision.", "text."))
-            if in_encoder and name not in added:
-                parameter.requires_grad_(self.config.method == "full")
-        # never read here: DistributedDataParallel refuses parameters that get no gradient
-        self.vision.mask_token.requires_grad_(False)
-        self.text.logit_scale.requires_grad_(False)
 
     def forward(self, image: Tensor, tokens: Tensor) -> Tensor:
-        if image.shape[2:] != (self.config.image_size, self.config.image_size):
-            size = f"{image.shape[2]}x{image.shape[3]}"
-            raise ValueError(f"image of {size}, expected {self.config.image_size}: letterbox it")
+        H, W = image.shape[2:]
+        side = self.config.image_size
+        if (H, W) != (side, side):
+            raise ValueError(f"image of {H}x{W}, expected {side}x{side}: letterbox it")
         if image.dtype == torch.uint8:
             image = (image - self.mean) / self.std
 
@@ -845,7 +785,7 @@ class DCRIS(nn.Module):
         fused = self.decoder(fused, words, pad)  # F_mm
         return self.projector(fused, sentence).float()
 
-    def encode_in_step(self, image: Tensor, tokens: Tensor) -> tuple[list[Tensor], Tensor, Tensor]:
+    def encode_in_step(self, image, tokens):
         """Both encoders under ETRIS, which joins them at its bridges: taps, words, sentence."""
         vision = self.vision
         text_blocks = list(self.text.transformer["resblocks"])
@@ -865,9 +805,9 @@ class DCRIS(nn.Module):
                     text_x = text_block(text_x)
                 text_done = text_stop
 
-                prefix, patches = x[:, : vision.prefix], x[:, vision.prefix :]
+                patches = x[:, vision.prefix_length :]
                 change, text_change, before = self.bridges[stage](patches, text_x, before)
-                x = torch.cat([prefix, patches + change], dim=1)
+                x = x + F.pad(change, (0, 0, vision.prefix_length, 0))  # nothing for the prefix
                 text_x = text_x + text_change
 
             if i in vision.taps:
@@ -881,8 +821,7 @@ class DCRIS(nn.Module):
 
     def parameter_counts(self) -> dict[str, int]:
         """Parameters of each part, of all that trains, and of the backbone, as the paper counts."""
-        parts = ("adapters", "neck", "decoder", "projector", "trainable", "vision", "text")
-        counts = dict.fromkeys(parts, 0)
+        counts = Counter()
         added = adapter_keys(self)
         for name, parameter in self.named_parameters():
             part = "adapters" if name in added else name.split(".")[0]
@@ -900,22 +839,21 @@ def contrastive_loss(logits: Tensor, mask: Tensor, rule: str = "aligned") -> Ten
 
         -log(sigmoid(F_c . F_l)) inside the mask, -log(1 - sigmoid(F_c . F_l)) outside.
 
-    logits: F_c . F_l, (B, 1, h, w) float32. mask: (B, 1, H, W) in [0, 1]. Returns a scalar in nats.
+    logits: F_c . F_l, (B, 1, h, h) float32. mask: (B, 1, H, H) in [0, 1], square as all letterboxed
+    photos are. Returns a scalar in nats.
     """
-    target = mask_on_grid(mask, logits.shape[2:], rule)
+    target = resize_mask(mask, logits.shape[-1], rule)
     return F.binary_cross_entropy_with_logits(logits, target)
 
 
-def mask_on_grid(mask: Tensor, grid: tuple[int, int], rule: str) -> Tensor:
-    """The mask at the logits' size: (B, 1, H, W) -> (B, 1, h, w).
+def resize_mask(mask, side, rule):
+    """The mask at the logits' size: (B, 1, H, H) -> (B, 1, side, side).
 
     The paper does not say how. detris: the nearest pixel, as in the authors' release. aligned,
     ours: the share of each cell that the mask covers, so targets at the edges lie between 0 and 1.
     """
     if rule == "detris":
-        return F.interpolate(mask, grid, mode="nearest")
+        return F.interpolate(mask, side, mode="nearest")
     # differs: exact area average, also where a cell is 3.5 pixels wide
-    H, W = mask.shape[2:]
-    h, w = grid
-    fine = (math.lcm(H, h), math.lcm(W, w))  # every cell is a whole number of these pixels
-    return F.adaptive_avg_pool2d(F.interpolate(mask, fine, mode="nearest"), grid)
+    fine = math.lcm(mask.shape[-1], side)  # every cell is a whole number of these pixels
+    return F.adaptive_avg_pool2d(F.interpolate(mask, fine, mode="nearest"), side)

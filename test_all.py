@@ -131,8 +131,8 @@ from model import (
     UpConvBN,
     VisionTransformer,
     contrastive_loss,
-    mask_on_grid,
     parse_config,
+    resize_mask,
 )
 from train import (
     CURVE_COLOURS,
@@ -786,7 +786,7 @@ def test_a_training_target_is_the_exact_share_of_a_cell():
     mask[..., 2, 2] = 1.0
     mask[..., 3, 3] = 1.0  # the middle pixel: a quarter in each of the four cells
 
-    target = mask_on_grid(mask, (2, 2), "aligned")
+    target = resize_mask(mask, 2, "aligned")
 
     expected = torch.tensor([[1.25, 0.25], [0.25, 0.25]]) / 3.5**2
     assert_close(target[0, 0], expected, 1e-6)
@@ -796,7 +796,7 @@ def test_under_the_releases_rule_a_target_is_the_nearest_pixel():
     """Their grid reads pixel floor(cell * 3.5): 0, 3, 7, 10."""
     mask = torch.arange(14.0).expand(1, 1, 14, 14)
 
-    target = mask_on_grid(mask, (4, 4), "detris")
+    target = resize_mask(mask, 4, "detris")
 
     assert target[0, 0, 0].tolist() == [0, 3, 7, 10]
 

@@ -98,8 +98,8 @@ def train(cfg: Config, saved: dict | None = None) -> dict:
     say(what_trains(raw))
 
     # The data.
-    train_set = open_dataset(cfg.dataset, "train", cfg.data_root, cfg.seed, cfg.mix_leaky)
-    val_set = open_dataset(cfg.dataset, "val", cfg.data_root, cfg.seed, cfg.mix_leaky)
+    train_set = open_dataset(cfg.dataset, "train", cfg.data_root, cfg.seed)
+    val_set = open_dataset(cfg.dataset, "val", cfg.data_root, cfg.seed)
     if cfg.cache:
         cache_photos(train_set, cfg.cache, cfg.image_size, cfg.mask_rule)
     batches = TrainBatches(train_set, raw.tokenizer, cfg, rank, world)

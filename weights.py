@@ -28,7 +28,7 @@ import requests
 import torch
 from torch import Tensor, nn
 
-from adapters import VisionAttention, adapter_keys
+from adapters import Attention, VisionAttention, adapter_keys
 from data import Tokenizer, lock, progress, run_as_program, write_whole
 from model import DCRIS, PRESETS, Config
 
@@ -202,13 +202,11 @@ def merge_lora(model: DCRIS) -> None:
     The encoders are then no longer the released ones, so checkpoints hold them (method "full").
     """
     for module in model.modules():
-        lora = getattr(module, "lora", None)
-        if lora is None:
-            continue
-        vision = isinstance(module, VisionAttention)
-        weight = module.qkv.weight if vision else module.in_proj_weight
-        weight.copy_(lora(weight))
-        module.lora = None
+        if isinstance(module, (Attention, VisionAttention)):
+            vision = isinstance(module, VisionAttention)
+            weight = module.qkv.weight if vision else module.in_proj_weight
+            weight.copy_(module.lora(weight))
+            module.lora = nn.Identity()
 
     model.config = replace(model.config, method="full", visual_layers=(), text_layers=())
     model.keeps_encoders = True
