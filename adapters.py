@@ -148,15 +148,15 @@ class CrossAttention(nn.Module):
 
     def __init__(self, rank, text_width, dropout):
         super().__init__()
-        self.query = nn.Linear(rank, self.WIDTH)
-        self.words = nn.Linear(text_width, self.WIDTH)
+        self.query_proj = nn.Linear(rank, self.WIDTH)
+        self.words_proj = nn.Linear(text_width, self.WIDTH)
         self.attn = Attention(self.WIDTH, self.HEADS, dropout)
         self.back = nn.Linear(self.WIDTH, rank)
 
     def forward(self, patches: Tensor, words: Tensor) -> Tensor:
-        query = self.query(patches)  # (B, N, 128)
-        words = self.words(words)  # (B, L, 128)
-        answer = self.attn(query, words, words)  # (B, N, 128)
+        query = self.query_proj(patches)  # (B, N, 128)
+        key = self.words_proj(words)  # (B, L, 128)
+        answer = self.attn(query, key, key)  # (B, N, 128)
         return self.back(answer)
 
 
@@ -448,7 +448,7 @@ ADAPTERS = (
 
 
 def adapter_keys(module):
-    """The set of state-dict names that a method added to the module: what no released file holds."""
+    """Set of the state-dict names that a method added to the module: no released file has them."""
     keys = set()
     for name, part in module.named_modules():
         if isinstance(part, ADAPTERS):
@@ -494,7 +494,7 @@ def add_rival(block, method, width, rank, compacter_A):
 
 
 def etris_bridges(cfg):
-    """ETRIS's bridges, one for each pair of cfg.visual_layers and cfg.text_layers; for others none."""
+    """ETRIS's bridges, one for each pair of cfg.visual_layers and text_layers; for others none."""
     bridges = nn.ModuleList()
     if cfg.method == "etris":
         for i in cfg.visual_layers:

@@ -566,7 +566,7 @@ class Neck(nn.Module):
     def __init__(self, cfg):
         super().__init__()
         d = cfg.head_width
-        self.sentence = nn.Linear(cfg.text_width, d)
+        self.sentence_proj = nn.Linear(cfg.text_width, d)
         self.levels = nn.ModuleList(ConvBN(cfg.vision_width, d, 1) for _ in range(3))
         self.fuse = nn.ModuleList(Attention(d, cfg.head_heads) for _ in range(3))
         self.merge = ConvBN(3 * d, d, 1)
@@ -577,7 +577,7 @@ class Neck(nn.Module):
         self.register_buffer("coordinates", coordinates, persistent=False)
 
     def forward(self, taps: list[Tensor], sentence: Tensor) -> Tensor:
-        key = self.sentence(sentence)  # (B, d), the only key
+        key = self.sentence_proj(sentence)  # (B, d), the only key
         levels = []
         for tap, level, fuse in zip(taps, self.levels, self.fuse, strict=True):
             answer = fuse.of_one_key(key)  # F_MHCA(f_v, f_s): (B, d), the same for every patch
@@ -598,9 +598,9 @@ class Decoder(nn.Module):
     def __init__(self, cfg):
         super().__init__()
         d = cfg.head_width
-        self.words = nn.Identity()
+        self.words_proj = nn.Identity()
         if cfg.text_width != d:  # never in the paper's models
-            self.words = nn.Linear(cfg.text_width, d)
+            self.words_proj = nn.Linear(cfg.text_width, d)
         self.layers = nn.ModuleList(DecoderLayer(cfg) for _ in range(cfg.decoder_depth))
         self.norm = nn.LayerNorm(d)
         self.register_buffer("pos", square_positions(cfg.grid_side, d), persistent=False)  # (N, d)
@@ -608,7 +608,7 @@ class Decoder(nn.Module):
 
     def forward(self, x: Tensor, words: Tensor, pad: Tensor) -> Tensor:
         grid = x.shape[2:]
-        words = self.words(words)  # (B, L, d)
+        words = self.words_proj(words)  # (B, L, d)
         words_pos = self.words_pos[: words.shape[1]]  # (L, d)
         x = x.flatten(2).transpose(1, 2)  # (B, N, d)
         for layer in self.layers:
@@ -767,9 +767,9 @@ class DCRIS(nn.Module):
         self.register_buffer("std", 255 * torch.tensor(STD).view(3, 1, 1), persistent=False)
 
     def forward(self, image: Tensor, tokens: Tensor) -> Tensor:
-        H, W = image.shape[2:]
         side = self.config.image_size
-        if (H, W) != (side, side):
+        if image.shape[2:] != (side, side):
+            H, W = image.shape[2:]
             raise ValueError(f"image of {H}x{W}, expected {side}x{side}: letterbox it")
         if image.dtype == torch.uint8:
             image = (image - self.mean) / self.std

@@ -666,8 +666,8 @@ def test_the_dense_cross_adapter_is_equations_1_and_2():
     F_dense = (torch.cat([F_v1, F_v2, F_v3], 1) + square).flatten(2).transpose(1, 2)
     attention = nn.MultiheadAttention(CrossAttention.WIDTH, CrossAttention.HEADS, batch_first=True)
     attention.load_state_dict(adapter.cross.attn.state_dict())
-    keys = adapter.cross.words(words)
-    answer = attention(adapter.cross.query(F_dense), keys, keys)[0]
+    keys = adapter.cross.words_proj(words)
+    answer = attention(adapter.cross.query_proj(F_dense), keys, keys)[0]
     F_cross = adapter.cross.back(answer) + F_v[:, 3:]
     f_dc = adapter.up(torch.cat([2 * F_v[:, :3], F_cross], 1))
 
@@ -1418,7 +1418,7 @@ def test_the_text_encoder_may_be_wider_than_the_head():
     logits = model(batch["image"], batch["tokens"])
 
     assert logits.shape == (4, 1, 16, 16)
-    assert isinstance(model.decoder.words, nn.Linear)
+    assert isinstance(model.decoder.words_proj, nn.Linear)
 
 
 def test_a_calm_start_gives_logits_of_about_minus_three():
@@ -3065,14 +3065,14 @@ def test_weights_that_are_not_finite_are_refused():
     """A diverged model must not be used. Every kind of number that is not finite counts."""
     for value in (math.nan, math.inf, -math.inf):
         model = small_model()
-        model.neck.sentence.bias.data[3] = value
+        model.neck.sentence_proj.bias.data[3] = value
         path = new_folder() / "last.pt"
         save_checkpoint(path, model)
 
         message = error_of(ValueError, load_model, path)
 
         assert f"{path}: weights do not fit" in message
-        assert "neck.sentence.bias not finite" in message
+        assert "neck.sentence_proj.bias not finite" in message
 
 
 def test_a_foreign_file_is_told_by_what_it_holds():

@@ -473,8 +473,8 @@ DETRIS = {
     "dinov2.blocks.{}.adapter.cross.multihead_attn.out_proj": (
         "vision.blocks.{}.adapter.cross.attn.out_proj"
     ),
-    "dinov2.blocks.{}.adapter.cross.image_proj": "vision.blocks.{}.adapter.cross.query",
-    "dinov2.blocks.{}.adapter.cross.text_proj": "vision.blocks.{}.adapter.cross.words",
+    "dinov2.blocks.{}.adapter.cross.image_proj": "vision.blocks.{}.adapter.cross.query_proj",
+    "dinov2.blocks.{}.adapter.cross.text_proj": "vision.blocks.{}.adapter.cross.words_proj",
     "dinov2.blocks.{}.adapter.cross.back_proj": "vision.blocks.{}.adapter.cross.back",
     # neck
     "neck.fusion3.multihead_attn": "neck.fuse.0",
@@ -483,7 +483,7 @@ DETRIS = {
     "neck.fusion4.multihead_attn.out_proj": "neck.fuse.1.out_proj",
     "neck.fusion5.multihead_attn": "neck.fuse.2",
     "neck.fusion5.multihead_attn.out_proj": "neck.fuse.2.out_proj",
-    "neck.txt_proj": "neck.sentence",
+    "neck.txt_proj": "neck.sentence_proj",
     "neck.f3_proj.0": "neck.levels.0.conv",
     "neck.f3_proj.1": "neck.levels.0.bn",
     "neck.f4_proj.0": "neck.levels.1.conv",
