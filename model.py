@@ -282,7 +282,8 @@ CHOICES = {
     "schedule": ("step", "cosine"),
     "table": (0, 2, 3, 4, 5),
 }
-MAY_BE_ZERO = ("registers", "seed", "workers", "threads", "table", "benchmark")  # whole numbers
+# All other whole numbers are 1 or more, and a fraction may always be 0.
+MAY_BE_ZERO = ("registers", "seed", "workers", "threads", "table", "benchmark")
 BELOW = {"dropout": 1, "warmup": 1, "seed": 2**32, "workers": 1025, "threads": 1025}
 DIVISORS = {
     "image_size": "patch_size",
@@ -751,18 +752,21 @@ class DCRIS(nn.Module):
         self.keeps_encoders = True  # whether checkpoints hold the encoders; weights.py decides
         self.vision = VisionTransformer(config)
         self.text = TextTransformer(config)
+
+        # the encoders are frozen before anything else is added, so all that follows trains
         if config.method != "full":
             self.vision.requires_grad_(False)
             self.text.requires_grad_(False)
         # never read here: DistributedDataParallel refuses parameters that get no gradient
         self.vision.mask_token.requires_grad_(False)
         self.text.logit_scale.requires_grad_(False)
-        # what follows trains
+
         add_adapters(self.vision.blocks, self.text.transformer["resblocks"], config)
         self.bridges = etris_bridges(config)
         self.neck = Neck(config)
         self.decoder = Decoder(config)
         self.projector = Projector(config)
+
         self.register_buffer("mean", 255 * torch.tensor(MEAN).view(3, 1, 1), persistent=False)
         self.register_buffer("std", 255 * torch.tensor(STD).view(3, 1, 1), persistent=False)
 
