@@ -111,7 +111,6 @@ class Config:
     # data
     dataset: str = option("refcoco", "name of a data set, or the path of a .jsonl file of your own")
     data_root: str = option("data", "folder of RefCOCO's annotations and COCO's photos")
-    mix_leaky: bool = option(False, "let mix train on photos of val and test splits too")
     cache: str = option("", "folder for letterboxed photos in one file, which loads faster")
     weights: str = option(
         "weights", "folder of the released encoders, a .pt file of ours, or none (start at random)"
