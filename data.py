@@ -49,17 +49,15 @@ WORDS = re.compile(
 CATEGORY_LETTERS = {"L": "z", "N": "0"}  # Unicode's letters and numbers, see to_ascii_categories
 ODD_LETTERS = {"ſ": "s", "\u0345": " "}  # CLIP's pattern takes one for an s, and skips the other
 VOCABULARY_BYTES = 8 << 20  # CLIP's file unpacks to 3 MB; no more than this is unpacked
-MERGES = 48894  # the pairs of that file that CLIP uses
 
 
 # a character -> what ftfy writes for it: full-width letters become narrow, ligatures come apart,
 # curly quotes become straight
-PLAIN_LETTERS = {
-    letter: normalize("NFKC", letter)
-    for letter in [*map(chr, range(0xFF01, 0xFFF0)), *"ĲĳǱǲǳǄǅǆǇǈǉǊǋǌﬀﬁﬂﬃﬄﬆ\u3000"]
-}
-PLAIN_LETTERS |= dict.fromkeys("ʼ‘’‚‛", "'") | dict.fromkeys("“”„‟", '"')
-PLAIN_LETTERS = str.maketrans(PLAIN_LETTERS | {"ﬅ": "ſt", "ŉ": "'n"})
+COMPATIBLE = [*map(chr, range(0xFF01, 0xFFF0)), *"ĲĳǱǲǳǄǅǆǇǈǉǊǋǌﬀﬁﬂﬃﬄﬆ\u3000"]
+REPLACEMENTS = {letter: normalize("NFKC", letter) for letter in COMPATIBLE}
+REPLACEMENTS |= dict.fromkeys("ʼ‘’‚‛", "'") | dict.fromkeys("“”„‟", '"')
+REPLACEMENTS |= {"ﬅ": "ſt", "ŉ": "'n"}
+PLAIN_LETTERS = str.maketrans(REPLACEMENTS)
 
 
 class Tokenizer:
@@ -69,7 +67,7 @@ class Tokenizer:
     needed: every word has one id, made from its checksum.
     """
 
-    # differs: CLIP calls the package `ftfy` first. What it does to sound text is in plain_letters;
+    # differs: CLIP calls the package `ftfy` first. What it does to sound text is in PLAIN_LETTERS;
     # its repair of broken encodings, its removal of control characters and terminal escapes, and
     # its own unescaping of HTML before CLIP's two are left out. Other text gets CLIP's ids.
 
@@ -101,9 +99,8 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """The ids of one phrase, without start and end."""
-        text = normalize(
-            "NFC", text.translate(PLAIN_LETTERS)
-        )  # a phone writes guy’s, CLIP reads guy's
+        text = text.translate(PLAIN_LETTERS)  # a phone writes guy’s, and CLIP reads guy's
+        text = normalize("NFC", text)  # an accent and its letter become one character
         text = html.unescape(html.unescape(text))  # twice, as CLIP does it
         text = SPACES.sub(" ", text).strip().lower()
 
@@ -181,7 +178,7 @@ def read_merges(file):
     with gzip.open(file) as unpacked:
         text = unpacked.read(VOCABULARY_BYTES).decode("utf-8")
     ranks = {}
-    for rank, line in enumerate(text.split("\n")[1 : MERGES + 1]):
+    for rank, line in enumerate(text.split("\n")[1:48895]):  # CLIP uses no more of them
         left, right = line.split()
         ranks[left, right] = rank
     return ranks
@@ -261,7 +258,7 @@ def turn_upright(image):
     return image if orientation == 1 else image.transpose(TURNS[orientation])
 
 
-def read_upright_size(file) -> list[int]:
+def read_upright_size(file):
     """[height, width] that open_image would give; pixels are read only where Pillow needs them."""
     image = open_picture(file, PHOTO_FORMATS)
     lies_on_its_side = read_orientation(image) >= 5
@@ -271,8 +268,8 @@ def read_upright_size(file) -> list[int]:
 def scale_to_bytes(image):
     """An image of integers or fractions -> L, its full range brought to 0 ... 255.
 
-    What number is white? 65535 among integers, 1 or 255 among fractions: the least that is no lower
-    than any pixel. Where there is none, the brightest pixel is.
+    White is 65535 among integers, and 1 or 255 among fractions. Where a pixel is above these, the
+    brightest pixel is white.
     """
     values = np.nan_to_num(np.asarray(image, np.float64))
     usual = (1, 255) if image.mode == "F" else (65535,)
@@ -281,7 +278,7 @@ def scale_to_bytes(image):
     return Image.fromarray(scaled.round().clip(0, 255).astype(np.uint8))
 
 
-def fit_inside(width: int, height: int, size: int) -> tuple[int, int, int, int]:
+def fit_inside(width, height, size):
     """Where a photo lies in its square under the aligned rule, in whole pixels.
 
     Returns (left, top, width, height). For a photo of 640 x 480 and size 448: (0, 56, 448, 336).
@@ -299,9 +296,9 @@ def letterbox(image: Image.Image, size: int, rule: str = "aligned") -> np.ndarra
     L mask -> uint8 (size, size), linear, on 0.
     rule: aligned is plain resizing, by pixel centres; detris is what the authors' release does.
     """
-    border, method = BORDER, "bicubic"
-    if image.mode == "L":
-        border, method = 0, "bilinear"
+    is_mask = image.mode == "L"
+    border = 0 if is_mask else BORDER
+    method = "bilinear" if is_mask else "bicubic"
     if rule == "detris":
         return letterbox_detris(image, size, border, method)
     assert rule == "aligned", rule
@@ -316,9 +313,10 @@ def letterbox(image: Image.Image, size: int, rule: str = "aligned") -> np.ndarra
 def letterbox_detris(image, size, border, method):
     """The letterbox of the authors' release, which is cv2.warpAffine.
 
-    It counts pixels by their index, not their centre: place i of the square shows the photo at
-    index (i - first) / scale, where the photo begins at `first`, which may be a fraction. Counted
-    from the middle, with -1 and 1 at the edges, this is x -> zoom * x + shift.
+    It counts pixels by their index, not their centre: if the photo begins at index b of the square,
+    maybe between two pixels, index i of the square shows index (i - b) / scale of the photo.
+    affine_grid and grid_sample count from -1 to 1, from edge to edge; there the same rule reads
+    x -> zoom * x + shift.
     """
     scale = min(size / image.width, size / image.height)
     zoom_x, zoom_y = [size / (scale * length) for length in image.size]
@@ -336,12 +334,12 @@ def letterbox_detris(image, size, border, method):
 # ---- masks ----
 
 
-def letterbox_mask(mask: np.ndarray, size: int, rule: str = "aligned") -> np.ndarray:
+def letterbox_mask(mask, size, rule="aligned"):
     """bool (H, W) -> uint8 (size, size), 0 ... 255."""
     return letterbox(Image.fromarray(mask.astype(np.uint8) * 255), size, rule)
 
 
-def read_mask(mask, height: int, width: int) -> np.ndarray:
+def read_mask(mask, height, width):
     """Path of a PNG or TIFF, or COCO's segmentation -> bool (H, W)."""
     if isinstance(mask, str):
         return read_file(mask, read_mask_picture, "export it as PNG")
@@ -442,9 +440,9 @@ def read_polygons(segmentation):
         if len(segmentation[0]) == 2:
             segmentation = [segmentation]
         polygons = [np.asarray(numbers, np.float64).reshape(-1, 2) for numbers in segmentation]
-        # from (0, 0) to the last corner; infinite if a number is, and NaN is not lower than 1e7
+        # the way from (0, 0) along all corners; where a number is infinite or NaN, it is so too
         walks = [np.abs(np.diff(corners, axis=0, prepend=0)).sum() for corners in polygons]
-        if len(polygons[0]) > 2 and all(walk < 1e7 for walk in walks):
+        if len(polygons[0]) >= 3 and all(walk < 1e7 for walk in walks):
             return polygons
     raise ValueError(
         f"segmentation {str(segmentation)[:80]}: expected an RLE or polygons "
@@ -554,13 +552,16 @@ class Dataset:
         return self.record(i)["id"]
 
     def letterboxed(self, i: int, size: int, rule: str = "aligned") -> np.ndarray:
-        """The photo in its square, uint8 (size, size, 3); from a cache that was made alike."""
+        """The photo in its square, uint8 (size, size, 3).
+
+        It is read from the cache where that holds photos of this size and rule.
+        """
         cache = self.cache
         if cache is None or (cache.size, cache.rule) != (size, rule):
             return letterbox(self.photo(i), size, rule)
 
         n = size * size * 3
-        start = int(cache.photo_numbers[i]) * n
+        start = cache.photo_numbers[i] * n
         return np.fromfile(cache.path, np.uint8, n, offset=start).reshape(size, size, 3)
 
 
@@ -591,22 +592,22 @@ def open_dataset(name: str, split: str, root: str | Path = "data", seed: int = 0
     mix: the three training sets together, without any photo of their val and test splits. Its val
     is RefCOCO's.
     """
-    if name.lower().endswith(".jsonl"):
-        return Dataset(name, split, jsonl_records(name, split))
-
     splits = dict.fromkeys(PALETTES, SHAPES) | REFCOCO | {"mix": ("train", "val")}
-    if split not in splits.get(name, ()):
+    if name.lower().endswith(".jsonl"):
+        records = jsonl_records(name, split)
+    elif split not in splits.get(name, ()):
         known = [f"{other} ({' '.join(splits[other])})" for other in splits]
         raise ValueError(
             f"no {split!r} of {name!r}; there are the path of a .jsonl file, and {', '.join(known)}"
         )
-
-    if name in PALETTES:
+    elif name in PALETTES:
         return Shapes(split, seed, name)
-    if name == "mix" and split == "train":
-        return Dataset(name, split, mix_records(root))
-    source = "refcoco" if name == "mix" else name
-    return Dataset(name, split, refcoco_records(source, split, root))
+    elif name == "mix" and split == "train":
+        records = mix_records(root)
+    else:
+        source = "refcoco" if name == "mix" else name
+        records = refcoco_records(source, split, root)
+    return Dataset(name, split, records)
 
 
 # ---- RefCOCO ----
@@ -664,7 +665,6 @@ def read_refs(name, root):
     Those of refcocog_umd are in ROOT/refcocog/refs(umd).p, those of refcoco in
     ROOT/refcoco/refs(unc).p.
     """
-    folder, _, author = name.partition("_")
 
     def parse(file):
         refs = []
@@ -683,6 +683,7 @@ def read_refs(name, root):
             )
         return refs
 
+    folder, _, author = name.partition("_")
     path = Path(root, folder, f"refs({author or 'unc'}).p")
     return read_file(path, parse, f"run python weights.py {folder}")
 
@@ -719,7 +720,7 @@ def read_instances(file):
 
 
 def check_sentences(sentences, where):
-    is_list = isinstance(sentences, list) and len(sentences) > 0
+    is_list = isinstance(sentences, list) and sentences != []
     if not is_list or not all(isinstance(text, str) and text.strip() for text in sentences):
         raise ValueError(
             f"{where}sentences {str(sentences)[:60]}: expected a list of phrases, none empty"
@@ -745,7 +746,7 @@ def mix_records(root):
 
 # ---- your own data ----
 
-LINE_KEYS = ("image", "mask", "sentences", "split")
+LINE_KEYS = "the keys image, mask, sentences and maybe split"
 LINE_SPLITS = ("train", "val", "test", "testA", "testB")
 
 
@@ -757,16 +758,16 @@ def jsonl_records(path, split):
     Paths are relative to the file. mask: a PNG, COCO's polygons or an RLE. A line without "split"
     belongs to every split. Whatever is wrong with a line is an error that names the line.
     """
+    path = Path(path)
     records = []
-    for number, line in enumerate(Path(path).read_bytes().split(b"\n"), 1):
+    for number, line in enumerate(path.read_bytes().split(b"\n"), 1):
         if not line.strip():
             continue
         try:
             entry = read_line(line)
             if entry.get("split", split) == split:
-                record = line_record(entry, Path(path).parent)
-                record["id"] = f"{Path(path).name} line {number}"
-                records.append(record)
+                record_id = f"{path.name} line {number}"
+                records.append({"id": record_id} | line_record(entry, path.parent))
         except Exception as error:  # whatever it is, the line gets named
             raise ValueError(f"{path} line {number}: {error}") from error
     if not records:
@@ -781,13 +782,12 @@ def read_line(line):
     except ValueError as error:
         raise ValueError(f"expected {{...}} with double quotes, in UTF-8; {error}") from error
     if not isinstance(entry, dict):
-        raise ValueError(f"expected {{...}} with the keys {', '.join(LINE_KEYS)}, got {line[:60]}")
+        raise ValueError(f"expected {{...}} with {LINE_KEYS}, got {str(entry)[:60]}")
 
-    for key in entry.keys() - LINE_KEYS:  # a misspelt "split" would land in every split
-        raise ValueError(f"unknown key {key!r}; the known ones are {', '.join(LINE_KEYS)}")
-    for key in ("image", "mask", "sentences"):
-        if key not in entry:
-            raise ValueError(f"lacks {key}")
+    # unknown keys too: a line with "spilt" for "split" would be in every split
+    known = {"image", "mask", "sentences", "split"}
+    if not known - {"split"} <= entry.keys() <= known:
+        raise ValueError(f"its keys are {', '.join(entry)}; expected {LINE_KEYS}")
     check_sentences(entry["sentences"], "")
     if entry.get("split", "train") not in LINE_SPLITS:
         raise ValueError(f"split {entry['split']!r}: expected one of {', '.join(LINE_SPLITS)}")
@@ -803,9 +803,10 @@ def line_record(entry, folder):
 
     size = read_file(photo, read_upright_size, "put the photo there")
     pixels = read_mask(mask, *size)
-    if list(pixels.shape) != size or not pixels.any():
+    found = list(pixels.shape)
+    if found != size or not pixels.any():
         raise ValueError(
-            f"the mask has size {list(pixels.shape)} and {pixels.sum()} pixels that are not black; "
+            f"the mask has size {found} and {pixels.sum()} pixels that are not black; "
             f"expected the photo's size {size} and at least one"
         )
     return {
@@ -839,7 +840,7 @@ COLOURS = {
     "teal": (40, 166, 172),
     "pink": (238, 138, 186),
 }
-PALETTES = {"shapes": slice(4), "shapes_other": slice(4, 8)}  # the kinds and colours that a set has
+PALETTES = {"shapes": slice(4), "shapes_other": slice(4, 8)}  # the forms and colours that a set has
 SIZES = {"small": 0.11, "big": 0.17}  # radius, share of the scene's side
 SHAPES = {"train": 10000, "val": 1000, "testA": 1000, "testB": 1000}  # phrases; train: of an epoch
 MARGIN = 0.05  # what a phrase compares differs by at least this share of the side
@@ -891,18 +892,18 @@ class Shapes(Dataset):
     phrases_per_photo = 4
     side = 192  # pixels
 
-    def __init__(self, split: str, seed: int = 0, name: str = "shapes"):
+    def __init__(self, split, seed=0, name="shapes"):
         self.name = name
         self.split = split
         self.ends = range(SHAPES[split] + 1)
         self.endless = split == "train"
         self.seed = (seed if self.endless else 0, list(SHAPES).index(split))
 
-    def scene(self, k: int) -> tuple:
+    def scene(self, k):
         """Scene k: its things, and its four phrases, see draw_scene."""
         return draw_scene(self.name, self.split, self.seed, k)
 
-    def record(self, i: int) -> dict:
+    def record(self, i):
         k, number = divmod(i, self.phrases_per_photo)
         things, phrases = self.scene(k)
         meant, phrase, kind = phrases[number]
@@ -914,18 +915,18 @@ class Shapes(Dataset):
             "thing": things[meant],
         }
 
-    def photo(self, i: int) -> Image.Image:
+    def photo(self, i):
         k = i // self.phrases_per_photo
         things, _ = self.scene(k)
         return render(things, self.side, np.random.default_rng([*self.seed, k, 1]))
 
-    def mask(self, i: int) -> np.ndarray:
+    def mask(self, i):
         canvas = Image.new("L", (self.side, self.side))
         ImageDraw.Draw(canvas).polygon(outline(self.record(i)["thing"], self.side), fill=255)
         return np.asarray(canvas) > 0
 
 
-@functools.lru_cache(maxsize=64)  # four phrases ask for each scene, and so do the parts of a batch
+@functools.lru_cache(maxsize=64)  # photo, mask and sentence of four phrases ask for each scene
 def draw_scene(name, split, seed, k):
     """Scene k: its things, and its four phrases as (index of the thing meant, phrase, kind).
 
@@ -985,10 +986,11 @@ def find_nouns(things):
     """
     nouns = {}
     for i, thing in enumerate(things):
-        for size in (f"{thing.size} ", ""):
-            for colour in (f"{thing.colour} ", ""):
-                for form in (thing.form, "shape"):
-                    nouns.setdefault(size + colour + form, set()).add(i)
+        sizes = (f"{thing.size} ", "")
+        colours = (f"{thing.colour} ", "")
+        forms = (thing.form, "shape")
+        for words in itertools.product(sizes, colours, forms):
+            nouns.setdefault("".join(words), set()).add(i)
     return nouns
 
 
@@ -1130,9 +1132,9 @@ def outline(thing, side):
 
 
 class PairBatches(torch.utils.data.Dataset):
-    """What batches for training and for scoring share.
+    """What training and scoring batches share: photos and words of pairs.
 
-    A pair is an object and the number of one of its sentences.
+    A pair is (object, number of its sentence).
     """
 
     def __init__(self, dataset, tokenizer, cfg):
@@ -1180,16 +1182,17 @@ class TrainBatches(PairBatches):
         self.world = world
         self.pairs_a_batch = cfg.batch_size // (world * cfg.accumulate)
 
-    def __getitem__(self, part: int) -> dict[str, torch.Tensor]:
+    def __getitem__(self, part):
         """image uint8 (B, 3, size, size), tokens (B, L), mask uint8 (B, 1, size, size)."""
         cfg = self.cfg
         pairs = self.pairs(part)
-        masks = [self.dataset.mask(i) for i, _ in pairs]
-        masks = [letterbox_mask(mask, cfg.image_size, cfg.mask_rule) for mask in masks]
+        masks = [
+            letterbox_mask(self.dataset.mask(i), cfg.image_size, cfg.mask_rule) for i, _ in pairs
+        ]
         mask = torch.from_numpy(np.stack(masks))[:, None]
         return {"image": self.image(pairs), "tokens": self.tokens(pairs), "mask": mask}
 
-    def pairs(self, part: int) -> list[tuple[int, int]]:
+    def pairs(self, part):
         """(object, number of its sentence) of each pair of that part."""
         seed = self.cfg.seed
         objects = len(self.dataset)
@@ -1236,14 +1239,14 @@ class EvalBatches(PairBatches):
         chunks = [range(n)[start : start + batch_size] for start in range(0, n, batch_size)]
         self.chunks = chunks[rank::world]
 
-    def __getitem__(self, chunk: int) -> dict:
-        """The batch of a chunk.
+    def __getitem__(self, number):
+        """rows, image uint8 (B, 3, size, size), tokens (B, L), truth.
 
-        rows: the numbers of the pairs; image uint8 (B, 3, size, size); tokens (B, L); truth: each
-        pair's mask at its photo's own size, bool (H, W). The masks stay numpy arrays: a tensor that
-        a loader process sends costs an open file.
+        rows: the numbers of the pairs. truth: each pair's mask at its photo's own size, bool
+        (H, W). The masks stay numpy arrays: a tensor that a loader process sends costs an open
+        file.
         """
-        rows = list(self.chunks[chunk])
+        rows = list(self.chunks[number])
         pairs = [self.pairs[row] for row in rows]
         tokens = self.tokens([self.text_pairs[row] for row in rows])
         truth = [self.dataset.mask(i) for i, _ in pairs]
@@ -1262,7 +1265,7 @@ class SceneBatches(torch.utils.data.Dataset):
         self.image_size = image_size
         self.cells = cells
 
-    def __getitem__(self, number: int) -> dict[str, torch.Tensor]:
+    def __getitem__(self, number):
         """image uint8 (32, 3, size, size); labels (32, 3, cells, cells), see draw_labels."""
         rng = np.random.default_rng([number, 2])
         photos = []
@@ -1282,22 +1285,11 @@ def to_image(photos):
 # ---- loader processes ----
 
 LOADER_SECONDS = 300  # so long one batch may take
-STARTED = set()  # all loader processes of this process
-
-
-class Loader(DataLoader):
-    """torch's DataLoader, which remembers the processes that it starts, for end_loaders."""
-
-    def __iter__(self):
-        others = multiprocessing.active_children()
-        batches = super().__iter__()
-        STARTED.update(set(multiprocessing.active_children()).difference(others))
-        return batches
 
 
 def make_loader(batches, numbers, workers, pin_memory=False):
     """batches[n] for n in numbers, made by so many loader processes; 0: by this one."""
-    return Loader(
+    return DataLoader(
         batches,
         batch_size=None,  # they are batches already
         sampler=numbers,
@@ -1325,11 +1317,12 @@ def ignore_signals(worker):
 
 @atexit.register
 def end_loaders():
-    """Python would send loaders that are left at its end a SIGTERM, which they ignore, and wait.
+    """Kill the loader processes that are left when this process ends.
 
-    Other children of the program that uses this file are not ours to end.
+    Python would send them, like all daemon processes, a SIGTERM, which they ignore, and wait for
+    them. Children that are no daemons go on.
     """
-    left = STARTED.intersection(multiprocessing.active_children())
+    left = [child for child in multiprocessing.active_children() if child.daemon]
     if left and hasattr(signal, "SIGCHLD"):  # not on Windows
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would report an error
     for child in left:
@@ -1351,7 +1344,7 @@ def cache_photos(dataset, folder, size, rule="aligned"):
     photos, objects, numbers = np.unique(keys, return_index=True, return_inverse=True)
 
     digest = zlib.crc32(repr(photos.tolist()).encode())
-    name = f"{Path(dataset.name).stem}-{dataset.split}-{size}-{rule}-{len(photos)}-{digest:08x}.u8"
+    name = f"{Path(dataset.name).stem}-{dataset.split}-{size}-{rule}-{digest:08x}.u8"
     path = Path(folder, name)
     path.parent.mkdir(parents=True, exist_ok=True)
     with lock(f"{path}.lock", "w"):
