@@ -384,6 +384,8 @@ def check_segmentation(segmentation, height, width):
 
     Nothing is drawn here: for all of RefCOCO that would take a minute.
     """
+    if type(height) is not int or type(width) is not int:
+        raise ValueError(f"height {height!r}, width {width!r}: expected whole numbers")
     if isinstance(segmentation, dict):
         has_pixels = any(read_runs(segmentation, height, width)[1::2])
     else:
@@ -651,7 +653,7 @@ def refcoco_records(name, split, root):
             image = images[ref["key"]]
             photo = os.path.basename(image["file_name"])
             ref["photo"] = str(Path(root, "images", "train2014", photo))
-            ref["size"] = [int(image["height"]), int(image["width"])]
+            ref["size"] = [image["height"], image["width"]]
             ref["mask"] = annotations[ref["annotation"]]["segmentation"]
             check_segmentation(ref["mask"], *ref["size"])
         except Exception as error:  # whatever it is, the object gets named
@@ -663,12 +665,20 @@ def read_refs(name, root):
     """The refs of all splits, with what we need of them.
 
     Those of refcocog_umd are in ROOT/refcocog/refs(umd).p, those of refcoco in
-    ROOT/refcoco/refs(unc).p.
+    ROOT/refcoco/refs(unc).p; or in a .json of that name, as sets made by others ship it.
     """
+    folder, _, author = name.partition("_")
+    path = Path(root, folder, f"refs({author or 'unc'}).p")
+    if path.with_suffix(".json").exists():
+        path = path.with_suffix(".json")
 
     def parse(file):
+        if path.suffix == ".json":
+            found = json.load(file)
+        else:
+            found = PlainUnpickler(file, encoding="latin1").load()
         refs = []
-        for ref in PlainUnpickler(file, encoding="latin1").load():
+        for ref in found:
             ref_id = f"{name}/{ref['split']}/ref {ref['ref_id']} ann {ref['ann_id']}"
             sentences = [sentence["sent"] for sentence in ref["sentences"]]
             check_sentences(sentences, f"{ref_id}: ")
@@ -683,8 +693,6 @@ def read_refs(name, root):
             )
         return refs
 
-    folder, _, author = name.partition("_")
-    path = Path(root, folder, f"refs({author or 'unc'}).p")
     return read_file(path, parse, f"run python weights.py {folder}")
 
 

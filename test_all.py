@@ -6846,9 +6846,8 @@ def test_broken_sizes_and_sentences_are_named_when_the_set_is_opened():
     instances["images"][1]["height"] = 30.5
     whole = path.read_text()
     path.write_text(json.dumps(instances))
-    assert "ref 1 ann 71: height 30.5" in error_of(
-        ValueError, open_dataset, "refcoco", "train", root
-    )
+    message = error_of(ValueError, open_dataset, "refcoco", "train", root)
+    assert "ref 1 ann 71" in message and "height 30.5" in message
     path.write_text(whole)
 
     refs_path = root / "refcoco" / "refs(unc).p"
