@@ -10,12 +10,11 @@ Below that: a cache of photos, reading and writing files, how all programs repor
 """
 
 import atexit
+import cmath
 import contextlib
-import difflib
 import functools
 import gzip
 import html
-import io
 import itertools
 import json
 import math
@@ -29,7 +28,6 @@ import sys
 import uuid
 import zipfile
 import zlib
-from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from time import perf_counter
 from typing import NamedTuple
@@ -48,18 +46,18 @@ SPACES = re.compile(r"[^\S\x1c-\x1f]+")
 WORDS = re.compile(
     r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[a-z]+|[0-9]|[^a-z0-9 ]+"
 )
-KIND_LETTERS = {"L": "z", "N": "0"}  # Unicode's letters and numbers, see to_ascii_kinds
+CATEGORY_LETTERS = {"L": "z", "N": "0"}  # Unicode's letters and numbers, see to_ascii_categories
 ODD_LETTERS = {"ſ": "s", "\u0345": " "}  # CLIP's pattern takes one for an s, and skips the other
 VOCABULARY_BYTES = 8 << 20  # CLIP's file unpacks to 3 MB; no more than this is unpacked
-MERGES = 48894  # the pairs of that file that CLIP uses
 
 
-# a character's number -> what ftfy writes for it
-PLAIN_LETTERS = {code: normalize("NFKC", chr(code)) for code in range(0xFF01, 0xFFF0)}
-PLAIN_LETTERS |= {ord(letter): normalize("NFKC", letter) for letter in "ĲĳŉǱǲǳǄǅǆǇǈǉǊǋǌﬀﬁﬂﬃﬄﬆ"}
-PLAIN_LETTERS |= {ord("ﬅ"): "ſt", ord("ŉ"): "'n", 0x3000: " "}
-PLAIN_LETTERS |= {ord(quote): "'" for quote in "ʼ‘’‚‛"}
-PLAIN_LETTERS |= {ord(quote): '"' for quote in "“”„‟"}
+# a character -> what ftfy writes for it: full-width letters become narrow, ligatures come apart,
+# curly quotes become straight
+COMPATIBLE = [*map(chr, range(0xFF01, 0xFFF0)), *"ĲĳǱǲǳǄǅǆǇǈǉǊǋǌﬀﬁﬂﬃﬄﬆ\u3000"]
+REPLACEMENTS = {letter: normalize("NFKC", letter) for letter in COMPATIBLE}
+REPLACEMENTS |= dict.fromkeys("ʼ‘’‚‛", "'") | dict.fromkeys("“”„‟", '"')
+REPLACEMENTS |= {"ﬅ": "ſt", "ŉ": "'n"}
+PLAIN_LETTERS = str.maketrans(REPLACEMENTS)
 
 
 class Tokenizer:
@@ -69,7 +67,7 @@ class Tokenizer:
     needed: every word has one id, made from its checksum.
     """
 
-    # differs: CLIP calls the package `ftfy` first. What it does to sound text is in plain_letters;
+    # differs: CLIP calls the package `ftfy` first. What it does to sound text is in PLAIN_LETTERS;
     # its repair of broken encodings, its removal of control characters and terminal escapes, and
     # its own unescaping of HTML before CLIP's two are left out. Other text gets CLIP's ids.
 
@@ -93,19 +91,21 @@ class Tokenizer:
                 f"got {sentences!r}, length {length}: expected a list of phrases, 2 or more ids"
             )
 
-        rows = []
-        for sentence in sentences:
+        tokens = torch.zeros(len(sentences), length, dtype=torch.long)
+        for i, sentence in enumerate(sentences):
             ids = [self.start, *self.encode(sentence)[: length - 2], self.end]
-            rows.append(ids + [0] * (length - len(ids)))
-        return torch.tensor(rows, dtype=torch.long).view(-1, length)
+            tokens[i, : len(ids)] = torch.tensor(ids)
+        return tokens
 
     def encode(self, text: str) -> list[int]:
         """The ids of one phrase, without start and end."""
-        text = html.unescape(html.unescape(plain_letters(text))).strip()
+        text = text.translate(PLAIN_LETTERS)  # a phone writes guy’s, and CLIP reads guy's
+        text = normalize("NFC", text)  # an accent and its letter become one character
+        text = html.unescape(html.unescape(text))  # twice, as CLIP does it
         text = SPACES.sub(" ", text).strip().lower()
 
         ids = []
-        for match in WORDS.finditer(to_ascii_kinds(text)):
+        for match in WORDS.finditer(to_ascii_categories(text)):
             ids += self.encode_word(text[match.start() : match.end()])
         return ids
 
@@ -157,33 +157,20 @@ class Tokenizer:
             )
 
 
-def plain_letters(text):
-    """Curly quotes straight, ligatures apart, full-width letters narrow, accents on their letters.
-
-    A phone writes guy’s, and CLIP reads guy's.
-    """
-    if text.isascii():
-        return text
-    return normalize("NFC", text.translate(PLAIN_LETTERS))
-
-
-def to_ascii_kinds(text):
+def to_ascii_categories(text):
     """A copy in which z stands for any letter beyond ASCII, 0 for any number, ! for all the rest.
 
     CLIP's pattern asks for Unicode's letters and numbers, which `re` cannot; on this copy it can.
     """
-    if text.isascii():
-        return text
-
-    copy = []
+    copy = ""
     for character in text:
         if character.isascii():
-            copy.append(character)
+            copy += character
         elif character in ODD_LETTERS:
-            copy.append(ODD_LETTERS[character])
+            copy += ODD_LETTERS[character]
         else:
-            copy.append(KIND_LETTERS.get(category(character)[0], "!"))
-    return "".join(copy)
+            copy += CATEGORY_LETTERS.get(category(character)[0], "!")
+    return copy
 
 
 def read_merges(file):
@@ -191,7 +178,7 @@ def read_merges(file):
     with gzip.open(file) as unpacked:
         text = unpacked.read(VOCABULARY_BYTES).decode("utf-8")
     ranks = {}
-    for rank, line in enumerate(text.split("\n")[1 : MERGES + 1]):
+    for rank, line in enumerate(text.split("\n")[1:48895]):  # CLIP uses no more of them
         left, right = line.split()
         ranks[left, right] = rank
     return ranks
@@ -271,32 +258,27 @@ def turn_upright(image):
     return image if orientation == 1 else image.transpose(TURNS[orientation])
 
 
-def read_upright_size(file) -> list[int]:
+def read_upright_size(file):
     """[height, width] that open_image would give; pixels are read only where Pillow needs them."""
     image = open_picture(file, PHOTO_FORMATS)
     lies_on_its_side = read_orientation(image) >= 5
-    width, height = image.size
-    return [width, height] if lies_on_its_side else [height, width]
+    return list(image.size) if lies_on_its_side else [image.height, image.width]
 
 
 def scale_to_bytes(image):
-    """An image of integers or fractions -> L, its full range brought to 0 ... 255."""
-    values = np.nan_to_num(np.asarray(image, np.float64))
-    highest = values.max()
-    if image.mode == "F" and highest <= 1:
-        white = 1
-    elif image.mode == "F" and highest <= 255:
-        white = 255
-    elif image.mode != "F" and highest <= 65535:
-        white = 65535
-    else:
-        white = highest
+    """An image of integers or fractions -> L, its full range brought to 0 ... 255.
 
+    White is 65535 among integers, and 1 or 255 among fractions. Where a pixel is above these, the
+    brightest pixel is white.
+    """
+    values = np.nan_to_num(np.asarray(image, np.float64))
+    usual = (1, 255) if image.mode == "F" else (65535,)
+    white = min([white for white in usual if white >= values.max()], default=values.max())
     scaled = values / white * 255
     return Image.fromarray(scaled.round().clip(0, 255).astype(np.uint8))
 
 
-def fit_inside(width: int, height: int, size: int) -> tuple[int, int, int, int]:
+def fit_inside(width, height, size):
     """Where a photo lies in its square under the aligned rule, in whole pixels.
 
     Returns (left, top, width, height). For a photo of 640 x 480 and size 448: (0, 56, 448, 336).
@@ -314,51 +296,50 @@ def letterbox(image: Image.Image, size: int, rule: str = "aligned") -> np.ndarra
     L mask -> uint8 (size, size), linear, on 0.
     rule: aligned is plain resizing, by pixel centres; detris is what the authors' release does.
     """
+    is_mask = image.mode == "L"
+    border = 0 if is_mask else BORDER
+    method = "bilinear" if is_mask else "bicubic"
     if rule == "detris":
-        return letterbox_detris(image, size)
+        return letterbox_detris(image, size, border, method)
     assert rule == "aligned", rule
 
-    border, method = BORDER, Image.Resampling.BICUBIC
-    if image.mode == "L":
-        border, method = 0, Image.Resampling.BILINEAR
     left, top, width, height = fit_inside(*image.size, size)
-    square = Image.new(image.mode, (size, size), border)
-    square.paste(image.resize((width, height), method), (left, top))
-    return np.array(square)
+    boxed = Image.new(image.mode, (size, size), border)
+    small = image.resize((width, height), Image.Resampling[method.upper()])
+    boxed.paste(small, (left, top))
+    return np.array(boxed)
 
 
-def letterbox_detris(image, size):
+def letterbox_detris(image, size, border, method):
     """The letterbox of the authors' release, which is cv2.warpAffine.
 
-    It counts pixels by their index, not their centre, and a photo may begin at a fraction of one.
+    It counts pixels by their index, not their centre: if the photo begins at index b of the square,
+    maybe between two pixels, index i of the square shows index (i - b) / scale of the photo.
+    affine_grid and grid_sample count from -1 to 1, from edge to edge; there the same rule reads
+    x -> zoom * x + shift.
     """
     scale = min(size / image.width, size / image.height)
-    places = torch.arange(size, dtype=torch.float64)
-    axes = []
-    for length in image.size:
-        index = (places - (size - scale * length) / 2) / scale  # in the photo
-        axes.append((2 * index + 1) / length - 1)  # grid_sample counts -1 ... 1 from edge to edge
-    grid = torch.stack(torch.meshgrid(*axes, indexing="xy"), -1)[None].float()  # (1, size, size, 2)
+    zoom_x, zoom_y = [size / (scale * length) for length in image.size]
+    shift_x, shift_y = [(1 - 1 / scale) / length for length in image.size]
+    affine = torch.tensor([[[zoom_x, 0, shift_x], [0, zoom_y, shift_y]]], dtype=torch.float64)
+    grid = F.affine_grid(affine, (1, 1, size, size), align_corners=False).float()
 
-    border, mode = BORDER, "bicubic"
-    if image.mode == "L":
-        border, mode = 0, "bilinear"
     pixels = np.atleast_3d(np.float32(image)) - np.float32(border)  # grid_sample fills with 0
     pixels = torch.from_numpy(pixels).permute(2, 0, 1)[None]  # (1, 3 or 1, H, W)
-    square = F.grid_sample(pixels, grid, mode, "zeros", align_corners=False)[0]
-    square = square.permute(1, 2, 0).numpy().squeeze() + border
-    return square.round().clip(0, 255).astype(np.uint8)
+    boxed = F.grid_sample(pixels, grid, method, align_corners=False)[0]
+    boxed = boxed.permute(1, 2, 0).numpy().squeeze() + border
+    return boxed.round().clip(0, 255).astype(np.uint8)
 
 
 # ---- masks ----
 
 
-def letterbox_mask(mask: np.ndarray, size: int, rule: str = "aligned") -> np.ndarray:
+def letterbox_mask(mask, size, rule="aligned"):
     """bool (H, W) -> uint8 (size, size), 0 ... 255."""
     return letterbox(Image.fromarray(mask.astype(np.uint8) * 255), size, rule)
 
 
-def read_mask(mask, height: int, width: int) -> np.ndarray:
+def read_mask(mask, height, width):
     """Path of a PNG or TIFF, or COCO's segmentation -> bool (H, W)."""
     if isinstance(mask, str):
         return read_file(mask, read_mask_picture, "export it as PNG")
@@ -387,11 +368,10 @@ def segmentation_to_mask(segmentation, height: int, width: int) -> np.ndarray:
     {"size": [height, width], "counts": a list, or COCO's compressed text}. ValueError for all else.
     """
     if isinstance(segmentation, dict):
-        flips = [rle_flips(segmentation, height, width)]
+        flips = [np.cumsum(read_runs(segmentation, height, width), dtype=np.int64)]
     else:
-        polygons = flatten_points(segmentation)
-        check_polygons(polygons)
-        flips = [polygon_flips(polygon, height, width) for polygon in polygons]
+        polygons = read_polygons(segmentation)
+        flips = [polygon_flips(corners, height, width) for corners in polygons]
 
     # COCO counts pixels column after column; each flip turns the mask on or off from there on
     n = height * width
@@ -399,19 +379,35 @@ def segmentation_to_mask(segmentation, height: int, width: int) -> np.ndarray:
     return np.any(masks, axis=0).reshape(width, height).T
 
 
-def rle_flips(rle, height, width):
-    """Where each run of an RLE ends. The first run is background, the second is the object, ..."""
+def check_segmentation(segmentation, height, width):
+    """Raise ValueError where the mask could not be drawn, or would surely be empty.
+
+    Nothing is drawn here: for all of RefCOCO that would take a minute.
+    """
+    if type(height) is not int or type(width) is not int:
+        raise ValueError(f"height {height!r}, width {width!r}: expected whole numbers")
+    if isinstance(segmentation, dict):
+        has_pixels = any(read_runs(segmentation, height, width)[1::2])
+    else:
+        x, y = np.concatenate(read_polygons(segmentation)).T
+        has_pixels = x.max() > 0 and y.max() > 0 and x.min() < width and y.min() < height
+    if not has_pixels:
+        raise ValueError(f"mask {str(segmentation)[:60]} has no pixel in the photo")
+
+
+def read_runs(rle, height, width):
+    """The run lengths of an RLE. The first run is background, the second is the object, ..."""
     counts = rle.get("counts")
     if isinstance(counts, (str, bytes)):
         counts = unpack_counts(counts)
 
-    fits = rle.get("size") == [height, width] and isinstance(counts, list)
-    fits = fits and all(type(count) is int and count >= 0 for count in counts)
-    if not fits or sum(counts) != height * width:
-        raise ValueError(
-            f"RLE {str(rle)[:80]}: expected size [{height}, {width}] and counts that add up to it"
-        )
-    return np.cumsum(counts)
+    with contextlib.suppress(TypeError, ValueError):  # what is no list of numbers does not fit
+        adds_up = min(counts) >= 0 and sum(counts) == height * width
+        if adds_up and rle.get("size") == [height, width]:
+            return counts
+    raise ValueError(
+        f"RLE {str(rle)[:80]}: expected size [{height}, {width}] and counts that add up to it"
+    )
 
 
 def unpack_counts(text):
@@ -420,60 +416,49 @@ def unpack_counts(text):
     A character holds 6 bits: five of a number, the low ones first, and one that says whether more
     of this number follow. From the fourth on, numbers are differences to the count two before.
     """
-    data = text.encode("utf-8", "replace") if isinstance(text, str) else text
+    data = text.encode() if isinstance(text, str) else text
     if not re.fullmatch(rb"[0-o]*[0-O]|", data):
         raise ValueError(f"compressed RLE {text[:80]!r} is cut off or holds a foreign character")
 
     counts = []
-    value = 0
-    bits = 0
-    for byte in data:
-        character = byte - 48
-        value |= (character & 31) << bits
-        bits += 5
-        if character & 32:  # more of this number follows
-            continue
-
-        if character & 16:  # its sign
-            value -= 1 << bits
+    for characters in re.findall(rb"[P-o]*[0-O]", data):  # those of one number
+        value = 0
+        for k, character in enumerate(characters):
+            value += ((character - 48) & 31) << 5 * k
+        if (characters[-1] - 48) & 16:  # its sign
+            value -= 32 ** len(characters)
         if len(counts) > 2:
             value += counts[-2]
         counts.append(value)
-        value = 0
-        bits = 0
     return counts
 
 
-def flatten_points(polygons):
-    """labelme's own form, one polygon [[x, y], [x, y], ...], as COCO's [[x, y, x, y, ...]]."""
-    is_list = isinstance(polygons, list) and len(polygons) > 2
-    if is_list and all(isinstance(point, list) and len(point) == 2 for point in polygons):
-        return [[number for point in polygons for number in point]]
-    return polygons
+def read_polygons(segmentation):
+    """COCO's polygons, or labelme's single [[x, y], [x, y], ...] -> corners, float64 (K, 2) each.
 
-
-def check_polygons(polygons):
-    is_list = isinstance(polygons, list) and len(polygons) > 0
-    if is_list and all(isinstance(polygon, list) for polygon in polygons):
-        pairs = all(len(polygon) % 2 == 0 for polygon in polygons)
-        if pairs and len(polygons[0]) >= 6:  # COCO's tools too count the corners of the first alone
-            return
+    COCO's tools too want three corners of the first polygon alone.
+    """
+    with contextlib.suppress(TypeError, ValueError, LookupError, OverflowError):
+        if len(segmentation[0]) == 2:
+            segmentation = [segmentation]
+        polygons = [np.asarray(numbers, np.float64).reshape(-1, 2) for numbers in segmentation]
+        # the way from (0, 0) along all corners; where a number is infinite or NaN, it is so too
+        walks = [np.abs(np.diff(corners, axis=0, prepend=0)).sum() for corners in polygons]
+        if len(polygons[0]) >= 3 and all(walk < 1e7 for walk in walks):
+            return polygons
     raise ValueError(
-        f"segmentation {str(polygons)[:80]}: "
-        "expected an RLE or polygons [[x, y, x, y, x, y, ...], ...]"
+        f"segmentation {str(segmentation)[:80]}: expected an RLE or polygons "
+        "[[x, y, x, y, x, y, ...], ...] of a photo's size"
     )
 
 
-def polygon_flips(polygon, height, width):
-    """Where the outline crosses pixel columns, as x * height + y.
+def polygon_flips(corners, height, width):
+    """Where the outline crosses the middles of pixel columns, as x * height + y.
 
     This is rleFrPoly of COCO's maskApi.c with arrays in place of its loops. The outline is walked
-    on a grid five times finer than the pixels; each step over the middle of a pixel column counts.
+    on a grid five times finer than the pixels, in steps of at most 1 along x and y.
     """
-    numbers = np.asarray(polygon, np.float64)
-    if not (np.abs(numbers) < 1e6).all() or np.abs(numbers[2:] - numbers[:-2]).sum() > 1e7:
-        raise ValueError(f"polygon {str(polygon)[:80]}: expected finite numbers of a photo's size")
-    corners = (5 * numbers.reshape(-1, 2) + 0.5).astype(np.int64)  # (K, 2) x, y, cut as C cuts
+    corners = (5 * corners + 0.5).astype(np.int64)  # (K, 2) x, y, cut as C cuts
 
     # each edge is walked along its longer axis, from that axis' smaller end
     edges = np.roll(corners, -1, axis=0) - corners  # (K, 2)
@@ -482,31 +467,30 @@ def polygon_flips(polygon, height, width):
     starts = np.where(longer < 0, corners + edges, corners)
     slopes = edges / np.where(longer == 0, 1, longer)
 
-    # all points of all edges in one row of M
-    lengths = np.abs(longer[:, 0]) + 1
-    edge = np.repeat(np.arange(len(lengths)), lengths)  # (M,) the edge that a point lies on
-    first = np.cumsum(lengths) - lengths  # (K,)
-    step = np.arange(len(edge)) - first[edge]
-    x, y = (starts[edge] + slopes[edge] * step[:, None] + 0.5).astype(np.int64).T  # (M,) each
+    # the points of all edges in one row of M
+    counts = np.abs(longer[:, 0]) + 1  # (K,)
+    edge = np.repeat(np.arange(len(counts)), counts)  # (M,) the edge that a point lies on
+    step = np.arange(len(edge)) - (counts.cumsum() - counts)[edge]  # 0 at the start of an edge
+    points = (starts[edge] + slopes[edge] * step[:, None] + 0.5).astype(np.int64)  # (M, 2)
 
-    left = np.minimum(x[1:], x[:-1])
-    top = np.minimum(y[1:], y[:-1])
-    column = left // 5
-    same_edge = edge[1:] == edge[:-1]
-    moves = x[1:] != x[:-1]
-    middle = left % 5 == 2
-    inside = np.logical_and(column >= 0, column < width)
-    crosses = same_edge & moves & middle & inside
-    row = np.ceil((top[crosses] + 0.5) / 5 - 0.5).clip(0, height).astype(np.int64)
-    return column[crosses] * height + row
+    # how many columns and rows of pixels have their middle before a point, none outside the photo
+    columns, rows = ((points + 2) // 5).T
+    columns = columns.clip(0, width)
+    rows = rows.clip(0, height)
+    same_edge = step[1:] > 0
+    next_column = columns[1:] != columns[:-1]
+    crosses = same_edge & next_column
+    column = np.minimum(columns[1:], columns[:-1])[crosses]
+    row = np.minimum(rows[1:], rows[:-1])[crosses]
+    return column * height + row
 
 
 # ---- a data set ----
 
 
 class PhotoCache(NamedTuple):
-    path: Path  # a file of squares, one after another
-    rows: np.ndarray  # of each object: the row of its photo
+    path: Path  # a file of letterboxed photos, one after another
+    photo_numbers: np.ndarray  # of each object: which of them is its photo
     size: int
     rule: str
 
@@ -515,8 +499,8 @@ class Dataset:
     """The referred objects of one split. Object i has a photo, a mask and one or more sentences.
 
     records: a dict for each object: id, key (equal keys mean the same photo), sentences, maybe
-    kinds (of the sentences), photo (a path, or the name of a member of the zip file `archive`),
-    size [height, width] of the photo, mask (a path or COCO's segmentation).
+    kinds (of the sentences), photo (a path), size [height, width] of the photo, mask (a path or
+    COCO's segmentation).
     """
 
     phrases_per_photo = 1  # so many objects in a row have the same photo
@@ -528,8 +512,7 @@ class Dataset:
         self.split = split
         # two arrays instead of many objects: loader processes share them and never copy them
         packed = [json.dumps(record).encode() for record in records]
-        lengths = [len(record) for record in packed]
-        self.ends = np.cumsum([0, *lengths])
+        self.ends = np.cumsum([0, *map(len, packed)])
         self.packed = np.frombuffer(b"".join(packed), np.uint8)
 
     def __len__(self) -> int:
@@ -542,16 +525,7 @@ class Dataset:
         """RGB, upright."""
         record = self.record(i)
         fix = f"put it there (COCO's: python weights.py coco); {record['id']} needs it"
-        archive = record.get("archive")
-        if archive:
-
-            def open_member(_):
-                return open_image(read_member(archive, record["photo"]))
-
-            image = read_file(archive, open_member, fix)
-        else:
-            image = read_file(record["photo"], open_image, fix)
-
+        image = read_file(find_photo(record["photo"]), open_image, fix)
         if [image.height, image.width] != record["size"]:
             raise ValueError(
                 f"{record['id']}: the photo's height and width are {image.size[::-1]}, "
@@ -579,41 +553,63 @@ class Dataset:
     def object_id(self, i: int) -> str:
         return self.record(i)["id"]
 
-    def square(self, i: int, size: int, rule: str = "aligned") -> np.ndarray:
-        """The letterboxed photo, uint8 (size, size, 3), from the cache if that was made alike."""
+    def letterboxed(self, i: int, size: int, rule: str = "aligned") -> np.ndarray:
+        """The photo in its square, uint8 (size, size, 3).
+
+        It is read from the cache where that holds photos of this size and rule.
+        """
         cache = self.cache
         if cache is None or (cache.size, cache.rule) != (size, rule):
             return letterbox(self.photo(i), size, rule)
 
         n = size * size * 3
-        start = int(cache.rows[i]) * n
+        start = cache.photo_numbers[i] * n
         return np.fromfile(cache.path, np.uint8, n, offset=start).reshape(size, size, 3)
 
 
-def open_dataset(
-    name: str, split: str, root: str | Path = "data", seed: int = 0, mix_leaky: bool = False
-) -> Dataset:
+def find_photo(path):
+    """A photo's path or, if nothing is there, its place in the zip of its folder.
+
+    images/train2014/a.jpg may be train2014/a.jpg in images/train2014.zip.
+    """
+    path = Path(path)
+    archive = Path(f"{path.parent}.zip")
+    if path.exists() or not archive.exists():
+        return path
+    return zipfile.Path(open_archive(archive, os.getpid()), f"{path.parent.name}/{path.name}")
+
+
+@functools.cache
+def open_archive(path, process):
+    """The zip, opened once in each process.
+
+    Processes that shared one open file would move each other's place in it.
+    """
+    return zipfile.ZipFile(path)
+
+
+def open_dataset(name: str, split: str, root: str | Path = "data", seed: int = 0) -> Dataset:
     """One split of a data set by name, or of your own: a name that ends in .jsonl is always a path.
 
-    mix: the three training sets together, without any photo of their val and test splits, which
-    mix_leaky leaves in; its val is RefCOCO's.
+    mix: the three training sets together, without any photo of their val and test splits. Its val
+    is RefCOCO's.
     """
-    if name.lower().endswith(".jsonl"):
-        return Dataset(name, split, jsonl_records(name, split))
-
     splits = dict.fromkeys(PALETTES, SHAPES) | REFCOCO | {"mix": ("train", "val")}
-    if split not in splits.get(name, ()):
+    if name.lower().endswith(".jsonl"):
+        records = jsonl_records(name, split)
+    elif split not in splits.get(name, ()):
         known = [f"{other} ({' '.join(splits[other])})" for other in splits]
         raise ValueError(
             f"no {split!r} of {name!r}; there are the path of a .jsonl file, and {', '.join(known)}"
         )
-
-    if name in PALETTES:
+    elif name in PALETTES:
         return Shapes(split, seed, name)
-    if name == "mix" and split == "train":
-        return Dataset(name, split, mix_records(root, mix_leaky))
-    source = "refcoco" if name == "mix" else name
-    return Dataset(name, split, refcoco_records(source, split, root))
+    elif name == "mix" and split == "train":
+        records = mix_records(root)
+    else:
+        source = "refcoco" if name == "mix" else name
+        records = refcoco_records(source, split, root)
+    return Dataset(name, split, records)
 
 
 # ---- RefCOCO ----
@@ -634,14 +630,13 @@ REFCOCO = {  # split -> objects, sentences of the release (None: not published)
     "refcocog_umd": {"train": (42226, 80512), "val": (2573, 4896), "test": (5023, 9602)},
     "refcocog_google": {"train": (44822, None), "val": (5000, None)},
 }
-MEMBER_BYTES = 1 << 28  # no more is unpacked of one photo in a zip
 
 
-def refcoco_records(name: str, split: str, root: str | Path) -> list[dict]:
+def refcoco_records(name, split, root):
     """RefCOCO's own files (github.com/lichengunc/refer) -> records for Dataset.
 
     root holds refcoco/{refs(unc).p, instances.json}, likewise refcoco+ and refcocog, and the
-    photos in images/train2014, in images/train2014.zip or in train2014.zip.
+    photos in images/train2014 or in images/train2014.zip.
     """
     refs = [ref for ref in read_refs(name, root) if ref["split"] == split]
     check_counts(name, split, refs, root)
@@ -649,26 +644,40 @@ def refcoco_records(name: str, split: str, root: str | Path) -> list[dict]:
         print(
             f"{name}: train and val share photos, which flatters val; refcocog_umd keeps them apart"
         )
-    photos = find_zipped_photos(root)
-
-    def join(file):
-        return join_annotations(refs, json.load(file), photos, root)
 
     source = name.split("_")[0]
-    path = Path(root) / source / "instances.json"
-    return read_file(path, join, f"run python weights.py {source}")
+    path = Path(root, source, "instances.json")
+    images, annotations = read_file(path, read_instances, f"run python weights.py {source}")
+    for ref in refs:
+        try:
+            image = images[ref["key"]]
+            photo = os.path.basename(image["file_name"])
+            ref["photo"] = str(Path(root, "images", "train2014", photo))
+            ref["size"] = [image["height"], image["width"]]
+            ref["mask"] = annotations[ref["annotation"]]["segmentation"]
+            check_segmentation(ref["mask"], *ref["size"])
+        except Exception as error:  # whatever it is, the object gets named
+            raise ValueError(f"{ref['id']} of image {ref['key']} in {path}: {error!r}") from error
+    return refs
 
 
 def read_refs(name, root):
-    """The refs of all splits, with what we need of them. Those of refcocog_umd are in
-    ROOT/refcocog/refs(umd).p, those of refcoco in ROOT/refcoco/refs(unc).p.
+    """The refs of all splits, with what we need of them.
+
+    Those of refcocog_umd are in ROOT/refcocog/refs(umd).p, those of refcoco in
+    ROOT/refcoco/refs(unc).p; or in a .json of that name, as sets made by others ship it.
     """
     folder, _, author = name.partition("_")
+    path = Path(root, folder, f"refs({author or 'unc'}).p")
+    if path.with_suffix(".json").exists():
+        path = path.with_suffix(".json")
 
     def parse(file):
+        if path.suffix == ".json":
+            found = json.load(file)
+        else:
+            found = PlainUnpickler(file, encoding="latin1").load()
         refs = []
-        is_json = Path(file.name).suffix == ".json"
-        found = json.load(file) if is_json else PlainUnpickler(file, encoding="latin1").load()
         for ref in found:
             ref_id = f"{name}/{ref['split']}/ref {ref['ref_id']} ann {ref['ann_id']}"
             sentences = [sentence["sent"] for sentence in ref["sentences"]]
@@ -684,9 +693,6 @@ def read_refs(name, root):
             )
         return refs
 
-    path = Path(root) / folder / f"refs({author or 'unc'}).p"
-    if not path.exists() and path.with_suffix(".json").exists():
-        path = path.with_suffix(".json")  # the same list, as sets made by others ship it
     return read_file(path, parse, f"run python weights.py {folder}")
 
 
@@ -713,113 +719,29 @@ def check_counts(name, split, refs, root):
         )
 
 
-def find_zipped_photos(root):
-    """Name of each photo that is not unpacked -> (the zip that holds it, its name in there)."""
-    folder = Path(root) / "images" / "train2014"
-    unpacked = {path.name for path in folder.glob("*")}
-    photos = {}
-    for path in (Path(root) / "train2014.zip", folder.with_suffix(".zip")):
-        if not path.is_file():
-            continue
-        for member in read_file(path, list_members, "run python weights.py coco"):
-            photo = os.path.basename(member)
-            if photo not in unpacked:
-                photos[photo] = (str(path), member)
-    return photos
-
-
-def list_members(file):
-    with zipfile.ZipFile(file) as archive:
-        return archive.namelist()
-
-
-@functools.cache
-def open_archive(path, process):
-    """The zip, opened once in each process.
-
-    Processes that shared one open file would move each other's place in it.
-    """
-    return zipfile.ZipFile(path)
-
-
-def read_member(archive, member):
-    """One file out of a zip; its checksum is compared."""
-    with open_archive(archive, os.getpid()).open(member) as file:
-        return io.BytesIO(file.read(MEMBER_BYTES))
-
-
-def join_annotations(refs, instances, photos, root):
-    """The refs with what instances.json says about their annotation and their image."""
+def read_instances(file):
+    """COCO's instances.json -> its images and its annotations, both by their id."""
+    instances = json.load(file)
     images = {image["id"]: image for image in instances["images"]}
     annotations = {annotation["id"]: annotation for annotation in instances["annotations"]}
-    folder = Path(root) / "images" / "train2014"
-    for ref in refs:
-        if ref["key"] not in images or ref["annotation"] not in annotations:
-            raise ValueError(f"{ref['id']}: no image {ref['key']}, or no such annotation")
-        image = images[ref["key"]]
-        annotation = annotations[ref["annotation"]]
-        check_annotation(annotation.get("segmentation"), image, ref["id"])
-        photo = os.path.basename(image["file_name"])
-        if photo in photos:
-            ref["archive"], ref["photo"] = photos[photo]
-        else:
-            ref["photo"] = str(folder / photo)
-        ref["size"] = [image["height"], image["width"]]
-        ref["mask"] = annotation["segmentation"]
-    return refs
+    return images, annotations
 
 
 def check_sentences(sentences, where):
-    is_list = isinstance(sentences, list) and len(sentences) > 0
+    is_list = isinstance(sentences, list) and sentences != []
     if not is_list or not all(isinstance(text, str) and text.strip() for text in sentences):
         raise ValueError(
             f"{where}sentences {str(sentences)[:60]}: expected a list of phrases, none empty"
         )
 
 
-def check_annotation(segmentation, image, where):
-    """Raise ValueError where a mask could not be drawn or would be empty. Nothing is drawn here."""
-    height = image.get("height")
-    width = image.get("width")
-    if type(height) is not int or type(width) is not int or min(height, width) < 1:
-        raise ValueError(f"{where}: height {height!r}, width {width!r}: expected whole numbers")
-    try:
-        if isinstance(segmentation, dict):
-            lengths = np.diff(rle_flips(segmentation, height, width))  # of all runs but the first
-            is_empty = not lengths[::2].any()  # the second, fourth, ... run is the object
-        else:
-            polygons = flatten_points(segmentation)
-            check_polygons(polygons)
-            is_empty = not any(touches_photo(polygon, height, width) for polygon in polygons)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{where}: {error}") from error
-    if is_empty:
-        raise ValueError(f"{where}: mask {str(segmentation)[:60]} has no pixel in the photo")
-
-
-def touches_photo(polygon, height, width):
-    numbers = np.array(polygon, np.float64)
-    if not np.isfinite(numbers).all():
-        raise ValueError(f"polygon {str(polygon)[:60]}: expected finite numbers")
-    if len(numbers) == 0:
-        return False
-    x = numbers[::2]
-    y = numbers[1::2]
-    return x.max() > 0 and y.max() > 0 and x.min() < width and y.min() < height
-
-
-def mix_records(root, leaky):
-    """Train of RefCOCO, RefCOCO+ and G-Ref (umd).
-
-    Unless leaky, without the photos that val or test of any of the three has.
-    """
-    names = ("refcoco", "refcoco+", "refcocog_umd")
+def mix_records(root):
+    """Train of RefCOCO, RefCOCO+ and G-Ref (umd), without the photos of any val or test split."""
     records = []
     held_out = set()
-    for name in names:
+    for name in ("refcoco", "refcoco+", "refcocog_umd"):
         records += refcoco_records(name, "train", root)
-        if not leaky:
-            held_out |= {ref["key"] for ref in read_refs(name, root) if ref["split"] != "train"}
+        held_out |= {ref["key"] for ref in read_refs(name, root) if ref["split"] != "train"}
 
     kept = [record for record in records if record["key"] not in held_out]
     photos = {record["key"] for record in records}
@@ -832,11 +754,11 @@ def mix_records(root, leaky):
 
 # ---- your own data ----
 
-LINE_KEYS = ("image", "mask", "sentences", "split")
+LINE_KEYS = "the keys image, mask, sentences and maybe split"
 LINE_SPLITS = ("train", "val", "test", "testA", "testB")
 
 
-def jsonl_records(path: str | Path, split: str) -> list[dict]:
+def jsonl_records(path, split):
     """Your own data -> records for Dataset. Each line of the file is an object:
 
     {"image": "a.jpg", "mask": "a_mask.png", "sentences": ["the left cup", "a cup"], "split": "val"}
@@ -844,22 +766,16 @@ def jsonl_records(path: str | Path, split: str) -> list[dict]:
     Paths are relative to the file. mask: a PNG, COCO's polygons or an RLE. A line without "split"
     belongs to every split. Whatever is wrong with a line is an error that names the line.
     """
-    raw = read_file(path, read_bytes, "write one object a line into it")
-    try:
-        lines = raw.decode("utf-8-sig").split("\n")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} cannot be read ({error}); save it as UTF-8") from error
-
+    path = Path(path)
     records = []
-    for number, line in enumerate(lines, 1):
+    for number, line in enumerate(path.read_bytes().split(b"\n"), 1):
         if not line.strip():
             continue
         try:
             entry = read_line(line)
             if entry.get("split", split) == split:
-                record = line_record(entry, Path(path).parent)
-                record["id"] = f"{Path(path).name} line {number}"
-                records.append(record)
+                record_id = f"{path.name} line {number}"
+                records.append({"id": record_id} | line_record(entry, path.parent))
         except Exception as error:  # whatever it is, the line gets named
             raise ValueError(f"{path} line {number}: {error}") from error
     if not records:
@@ -867,30 +783,19 @@ def jsonl_records(path: str | Path, split: str) -> list[dict]:
     return records
 
 
-def read_bytes(file):
-    return file.read()
-
-
 def read_line(line):
     """The object that a line holds, with the keys, sentences and split that it must have."""
     try:
         entry = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"expected {{...}} with double quotes; {error}") from error
+    except ValueError as error:
+        raise ValueError(f"expected {{...}} with double quotes, in UTF-8; {error}") from error
     if not isinstance(entry, dict):
-        raise ValueError(f"expected {{...}} with the keys {', '.join(LINE_KEYS)}, got {line[:60]}")
+        raise ValueError(f"expected {{...}} with {LINE_KEYS}, got {str(entry)[:60]}")
 
-    for key in entry:
-        if key not in LINE_KEYS:
-            near = difflib.get_close_matches(key, LINE_KEYS, n=1, cutoff=0)[0]
-            raise ValueError(
-                f"unknown key {key!r}; the nearest known one is {near!r}, "
-                f"all are {', '.join(LINE_KEYS)}"
-            )
-    lacking = [key for key in LINE_KEYS if key not in entry and key != "split"]
-    if lacking:
-        raise ValueError(f"lacks {', '.join(lacking)}")
-
+    # unknown keys too: a line with "spilt" for "split" would be in every split
+    known = {"image", "mask", "sentences", "split"}
+    if not known - {"split"} <= entry.keys() <= known:
+        raise ValueError(f"its keys are {', '.join(entry)}; expected {LINE_KEYS}")
     check_sentences(entry["sentences"], "")
     if entry.get("split", "train") not in LINE_SPLITS:
         raise ValueError(f"split {entry['split']!r}: expected one of {', '.join(LINE_SPLITS)}")
@@ -906,9 +811,10 @@ def line_record(entry, folder):
 
     size = read_file(photo, read_upright_size, "put the photo there")
     pixels = read_mask(mask, *size)
-    if list(pixels.shape) != size or not pixels.any():
+    found = list(pixels.shape)
+    if found != size or not pixels.any():
         raise ValueError(
-            f"the mask has size {list(pixels.shape)} and {pixels.sum()} pixels that are not black; "
+            f"the mask has size {found} and {pixels.sum()} pixels that are not black; "
             f"expected the photo's size {size} and at least one"
         )
     return {
@@ -922,7 +828,7 @@ def line_record(entry, folder):
 
 # ---- shapes: rendered scenes with phrases that need language; no file, no network ----
 
-KINDS = {  # corners, half width, half height; 40 corners look round
+FORMS = {  # corners, half width, half height; 40 corners look round
     "circle": (40, 1, 1),
     "square": (4, 1.25, 1.25),
     "bar": (4, 1.65, 0.75),
@@ -942,7 +848,7 @@ COLOURS = {
     "teal": (40, 166, 172),
     "pink": (238, 138, 186),
 }
-PALETTES = {"shapes": slice(4), "shapes_other": slice(4, 8)}  # the kinds and colours that a set has
+PALETTES = {"shapes": slice(4), "shapes_other": slice(4, 8)}  # the forms and colours that a set has
 SIZES = {"small": 0.11, "big": 0.17}  # radius, share of the scene's side
 SHAPES = {"train": 10000, "val": 1000, "testA": 1000, "testB": 1000}  # phrases; train: of an epoch
 MARGIN = 0.05  # what a phrase compares differs by at least this share of the side
@@ -951,7 +857,7 @@ MARGIN = 0.05  # what a phrase compares differs by at least this share of the si
 class Thing(NamedTuple):
     """One thing of a scene. Lengths are shares of the scene's side, the angle is in radians."""
 
-    kind: str
+    form: str
     colour: str
     size: str
     x: float
@@ -969,6 +875,10 @@ class Way(NamedTuple):
     foremost: str
     side: str
 
+    def place(self, thing):
+        """How far along this way a thing lies."""
+        return self.sign * getattr(thing, self.axis)
+
 
 WAYS = (
     Way("left of", "x", 1, "leftmost", "left"),
@@ -981,7 +891,7 @@ WAYS = (
 class Shapes(Dataset):
     """Rendered scenes of 3 to 5 things, four phrases a scene in a row; the same for the same seed.
 
-    Kinds, colours and sizes repeat in a scene, so that a phrase has rivals. A third of the phrases
+    Forms, colours and sizes repeat in a scene, so that a phrase has rivals. A third of the phrases
     name attributes, a third a relation, a third a position or an ordinal; testB has relations and
     ordinals only. train has a scene for any index, without end; the other splits have a fixed
     number of scenes, whatever the seed.
@@ -990,21 +900,21 @@ class Shapes(Dataset):
     phrases_per_photo = 4
     side = 192  # pixels
 
-    def __init__(self, split: str, seed: int = 0, name: str = "shapes"):
+    def __init__(self, split, seed=0, name="shapes"):
         self.name = name
         self.split = split
         self.ends = range(SHAPES[split] + 1)
         self.endless = split == "train"
         self.seed = (seed if self.endless else 0, list(SHAPES).index(split))
 
-    def scene(self, k: int) -> tuple[list[Thing], list[tuple[int, str, str]]]:
-        """Scene k: its things, and its four phrases as (index of the thing meant, phrase, kind)."""
+    def scene(self, k):
+        """Scene k: its things, and its four phrases, see draw_scene."""
         return draw_scene(self.name, self.split, self.seed, k)
 
-    def record(self, i: int) -> dict:
+    def record(self, i):
         k, number = divmod(i, self.phrases_per_photo)
-        things, chosen = self.scene(k)
-        meant, phrase, kind = chosen[number]
+        things, phrases = self.scene(k)
+        meant, phrase, kind = phrases[number]
         return {
             "id": f"{self.name}/{self.split} {i}",
             "key": k,
@@ -1013,19 +923,19 @@ class Shapes(Dataset):
             "thing": things[meant],
         }
 
-    def photo(self, i: int) -> Image.Image:
+    def photo(self, i):
         k = i // self.phrases_per_photo
         things, _ = self.scene(k)
         return render(things, self.side, np.random.default_rng([*self.seed, k, 1]))
 
-    def mask(self, i: int) -> np.ndarray:
+    def mask(self, i):
         canvas = Image.new("L", (self.side, self.side))
         ImageDraw.Draw(canvas).polygon(outline(self.record(i)["thing"], self.side), fill=255)
         return np.asarray(canvas) > 0
 
 
-@functools.lru_cache(maxsize=64)  # four phrases ask for each scene, and so do the parts of a batch
-def draw_scene(name: str, split: str, seed: tuple[int, int], k: int) -> tuple[list, list]:
+@functools.lru_cache(maxsize=64)  # photo, mask and sentence of four phrases ask for each scene
+def draw_scene(name, split, seed, k):
     """Scene k: its things, and its four phrases as (index of the thing meant, phrase, kind).
 
     Scenes are drawn until one has a phrase of every kind that is due and four different phrases.
@@ -1035,47 +945,45 @@ def draw_scene(name: str, split: str, seed: tuple[int, int], k: int) -> tuple[li
     while True:
         things = scatter(rng, PALETTES[name])
         nouns = find_nouns(things)
-        last = ("position", "position", "ordinal")[rng.integers(3)]
-        due = ("attribute", "relation", last)
+        due = ("attribute", "relation", choose(rng, ("position", "position", "ordinal")))
         if split == "testB":
             due = ("relation", "ordinal")
         options = {kind: GRAMMARS[kind](things, nouns) for kind in due}
 
-        chosen = []
+        phrases = []
         for i in range(k * count, (k + 1) * count):
             kind = due[i % len(due)]
             if not options[kind]:
                 break
             # first the thing, then its phrase: else a thing that many phrases fit came too often
-            meant = choose(rng, sorted({i for i, _ in options[kind]}))
-            phrase = choose(rng, [text for i, text in options[kind] if i == meant])
-            chosen.append((meant, phrase, kind))
-        if len(set(chosen)) == count:
-            return things, chosen
+            meant = choose(rng, sorted({thing for thing, _ in options[kind]}))
+            phrase = choose(rng, [text for thing, text in options[kind] if thing == meant])
+            phrases.append((meant, phrase, kind))
+        if len(set(phrases)) == count:
+            return things, phrases
 
 
 def choose(rng, options):
     return options[rng.integers(len(options))]
 
 
-def scatter(rng: np.random.Generator, palette: slice) -> list[Thing]:
-    """3 to 5 things that do not touch, of at most 3 kinds and 3 colours."""
-    kinds = rng.permutation(list(KINDS)[palette])[: rng.integers(2, 4)]
-    colours = rng.permutation(list(COLOURS)[palette])[: rng.integers(2, 4)]
-    wanted = int(rng.integers(3, 6))
+def scatter(rng, palette):
+    """3 to 5 things that do not touch, of at most 3 forms and 3 colours of the palette."""
+    forms = rng.permutation(list(FORMS)[palette])[: rng.integers(2, 4)].tolist()
+    colours = rng.permutation(list(COLOURS)[palette])[: rng.integers(2, 4)].tolist()
+    wanted = rng.integers(3, 6)
     things = []
     tries = 0
     while len(things) < wanted and (tries < 100 or len(things) < 3):
         tries += 1
-        size = ("small", "big")[int(rng.integers(2))]
+        size = choose(rng, ("small", "big"))
         radius = SIZES[size] * rng.uniform(0.9, 1.1)
         x, y = rng.uniform(1.2 * radius, 1 - 1.2 * radius, 2)
-        gaps = [math.hypot(x - t.x, y - t.y) - 1.2 * (radius + t.radius) for t in things]
-        if all(gap > 0 for gap in gaps):
-            kind = str(rng.choice(kinds))
-            colour = str(rng.choice(colours))
+        if all(math.hypot(x - t.x, y - t.y) > 1.2 * (radius + t.radius) for t in things):
+            form = choose(rng, forms)
+            colour = choose(rng, colours)
             angle = rng.uniform(-0.15, 0.15)
-            things.append(Thing(kind, colour, size, x, y, radius, angle))
+            things.append(Thing(form, colour, size, x, y, radius, angle))
     return things
 
 
@@ -1086,10 +994,11 @@ def find_nouns(things):
     """
     nouns = {}
     for i, thing in enumerate(things):
-        for size in (f"{thing.size} ", ""):
-            for colour in (f"{thing.colour} ", ""):
-                for kind in (thing.kind, "shape"):
-                    nouns.setdefault(size + colour + kind, set()).add(i)
+        sizes = (f"{thing.size} ", "")
+        colours = (f"{thing.colour} ", "")
+        forms = (thing.form, "shape")
+        for words in itertools.product(sizes, colours, forms):
+            nouns.setdefault("".join(words), set()).add(i)
     return nouns
 
 
@@ -1119,16 +1028,14 @@ def relation_phrases(things, nouns):
         if len(anchor_noun.split()) != 2:
             continue
         for way in WAYS:
-            end = getattr(things[anchor], way.axis)
-            ahead = [way.sign * (end - getattr(thing, way.axis)) for thing in things]
+            end = way.place(things[anchor])
+            lead = [end - way.place(thing) for thing in things]  # over the anchor, along the way
             for noun, members in nouns.items():
                 others = members - {anchor}
-                if len(others) < 2:
-                    continue
-                beyond = [i for i in others if ahead[i] > MARGIN]
-                clear = all(abs(ahead[i]) > MARGIN for i in others)
-                if len(beyond) == 1 and clear:
-                    found.append((beyond[0], f"{noun} {way.relation} {anchor_noun}"))
+                ahead = [i for i in others if lead[i] > MARGIN]
+                clear = all(abs(lead[i]) > MARGIN for i in others)
+                if len(others) > 1 and len(ahead) == 1 and clear:
+                    found.append((ahead[0], f"{noun} {way.relation} {anchor_noun}"))
     return found
 
 
@@ -1164,13 +1071,10 @@ def ordinal_phrases(things, nouns):
 
 def order_along(things, members, way):
     """The members as they come in a direction; none if there is only one, or two lie too close."""
-    if len(members) < 2:
-        return []
-    places = sorted((way.sign * getattr(things[i], way.axis), i) for i in members)
-    for (before, _), (after, _) in itertools.pairwise(places):
-        if after - before <= MARGIN:
-            return []
-    return [i for _, i in places]
+    order = sorted(members, key=lambda i: way.place(things[i]))
+    places = [way.place(things[i]) for i in order]
+    gaps = [after - before for before, after in itertools.pairwise(places)]
+    return order if min(gaps, default=0) > MARGIN else []
 
 
 GRAMMARS = {
@@ -1181,7 +1085,7 @@ GRAMMARS = {
 }
 
 
-def render(things: list[Thing], side: int, rng: np.random.Generator) -> Image.Image:
+def render(things, side, rng):
     """RGB picture: cloudy ground, shadows, colours that vary a little, light from above, grain."""
     ground = rng.uniform(120, 215) + rng.uniform(-14, 14, 3)
     canvas = Image.new("RGB", (2 * side, 2 * side), to_colour(ground))
@@ -1190,7 +1094,7 @@ def render(things: list[Thing], side: int, rng: np.random.Generator) -> Image.Im
         shade = rng.uniform(0.85, 1.1) * np.array(COLOURS[thing.colour])
         shadow = thing._replace(x=thing.x + 0.012, y=thing.y + 0.015)
         draw.polygon(outline(shadow, 2 * side), fill=(0, 0, 0, 80))
-        draw.polygon(outline(thing, 2 * side), fill=to_colour(shade.clip(0, 255)))
+        draw.polygon(outline(thing, 2 * side), fill=to_colour(shade))
 
     clouds = Image.fromarray(rng.uniform(0.8, 1.2, (6, 6)).astype(np.float32))
     clouds = np.asarray(clouds.resize((side, side)))  # bicubic
@@ -1200,30 +1104,30 @@ def render(things: list[Thing], side: int, rng: np.random.Generator) -> Image.Im
     return Image.fromarray(picture.clip(0, 255).astype(np.uint8))
 
 
-def draw_labels(things: list[Thing], side: int) -> np.ndarray:
-    """What lies at each place of a scene: uint8 (3, side, side), its kind, its colour, its size.
+def draw_labels(things, side):
+    """What lies at each place of a scene: uint8 (3, side, side), its form, its colour, its size.
 
-    They count from 1 in the order of KINDS, COLOURS and SIZES; 0 is the ground.
+    They count from 1 in the order of FORMS, COLOURS and SIZES; 0 is the ground. They are drawn as
+    the red, green and blue of one picture.
     """
-    labels = []
-    for attribute, names in (("kind", KINDS), ("colour", COLOURS), ("size", SIZES)):
-        canvas = Image.new("L", (side, side))
-        draw = ImageDraw.Draw(canvas)
-        for thing in things:
-            number = list(names).index(getattr(thing, attribute)) + 1
-            draw.polygon(outline(thing, side), fill=number)
-        labels.append(np.asarray(canvas))
-    return np.stack(labels)
+    canvas = Image.new("RGB", (side, side))
+    draw = ImageDraw.Draw(canvas)
+    for thing in things:
+        form = list(FORMS).index(thing.form) + 1
+        colour = list(COLOURS).index(thing.colour) + 1
+        size = list(SIZES).index(thing.size) + 1
+        draw.polygon(outline(thing, side), fill=(form, colour, size))
+    return np.asarray(canvas).transpose(2, 0, 1)
 
 
 def to_colour(values):
-    return tuple(values.astype(int).tolist())
+    return tuple(values.clip(0, 255).astype(int))
 
 
-def outline(thing: Thing, side: float) -> list[tuple[float, float]]:
-    """The thing's corners in pixels of a scene of that side, turned by the thing's angle."""
-    corners, width, height = KINDS[thing.kind]
-    turn = side * thing.radius * complex(math.cos(thing.angle), math.sin(thing.angle))
+def outline(thing, side):
+    """The thing's corners (x, y) in pixels of a scene of that side, turned by its angle."""
+    corners, width, height = FORMS[thing.form]
+    turn = cmath.rect(side * thing.radius, thing.angle)  # a complex number: enlarges and turns
     points = []
     for k in range(corners):
         around = (2 * k + 1) * math.pi / corners
@@ -1235,7 +1139,33 @@ def outline(thing: Thing, side: float) -> list[tuple[float, float]]:
 # ---- batches ----
 
 
-class TrainBatches(torch.utils.data.Dataset):
+class PairBatches(torch.utils.data.Dataset):
+    """What training and scoring batches share: photos and words of pairs.
+
+    A pair is (object, number of its sentence).
+    """
+
+    def __init__(self, dataset, tokenizer, cfg):
+        self.dataset = dataset
+        self.tokenizer = tokenizer
+        self.cfg = cfg
+
+    def image(self, pairs):
+        """The letterboxed photos, uint8 (B, 3, size, size); each is read once for all its pairs."""
+        keys = [self.dataset.photo_key(i) for i, _ in pairs]
+        photos = {}
+        for key, (i, _) in zip(keys, pairs, strict=True):
+            if key not in photos:
+                photos[key] = self.dataset.letterboxed(i, self.cfg.image_size, self.cfg.mask_rule)
+        return to_image([photos[key] for key in keys])
+
+    def tokens(self, pairs):
+        """The sentences' ids, (B, L)."""
+        sentences = [self.dataset.sentences(i)[k] for i, k in pairs]
+        return self.tokenizer(sentences, self.cfg.text_length)
+
+
+class TrainBatches(PairBatches):
     """Training batches by number, each a function of cfg.seed and its number alone.
 
     A step has cfg.accumulate of them, its parts, and process `rank` of `world` gets its slice of
@@ -1245,7 +1175,8 @@ class TrainBatches(torch.utils.data.Dataset):
 
     # an epoch counts objects (RefCOCO: 42,404), not sentences (120,624), as in the authors' release
 
-    def __init__(self, dataset: Dataset, tokenizer: Tokenizer, cfg, rank: int = 0, world: int = 1):
+    def __init__(self, dataset, tokenizer, cfg, rank=0, world=1):
+        super().__init__(dataset, tokenizer, cfg)
         unit = world * cfg.accumulate * dataset.phrases_per_photo
         if cfg.batch_size % unit:
             raise ValueError(
@@ -1255,42 +1186,33 @@ class TrainBatches(torch.utils.data.Dataset):
         if len(dataset) == 0:
             raise ValueError(f"{dataset.name} {dataset.split} holds no object to train on")
 
-        self.dataset = dataset
-        self.tokenizer = tokenizer
-        self.cfg = cfg
         self.rank = rank
         self.world = world
-        self.share = cfg.batch_size // (world * cfg.accumulate)  # pairs
+        self.pairs_a_batch = cfg.batch_size // (world * cfg.accumulate)
 
-    def __getitem__(self, part: int) -> dict[str, torch.Tensor]:
+    def __getitem__(self, part):
         """image uint8 (B, 3, size, size), tokens (B, L), mask uint8 (B, 1, size, size)."""
-        size = self.cfg.image_size
-        rule = self.cfg.mask_rule
-        group = self.dataset.phrases_per_photo
+        cfg = self.cfg
         pairs = self.pairs(part)
-
-        squares = [self.dataset.square(i, size, rule) for i, _ in pairs[::group]]
-        image = to_image(squares).repeat_interleave(group, dim=0)
-        masks = [letterbox_mask(self.dataset.mask(i), size, rule) for i, _ in pairs]
+        masks = [
+            letterbox_mask(self.dataset.mask(i), cfg.image_size, cfg.mask_rule) for i, _ in pairs
+        ]
         mask = torch.from_numpy(np.stack(masks))[:, None]
-        sentences = [self.dataset.sentences(i)[k] for i, k in pairs]
-        tokens = self.tokenizer(sentences, self.cfg.text_length)
-        return {"image": image, "tokens": tokens, "mask": mask}
+        return {"image": self.image(pairs), "tokens": self.tokens(pairs), "mask": mask}
 
-    def pairs(self, part: int) -> list[tuple[int, int]]:
+    def pairs(self, part):
         """(object, number of its sentence) of each pair of that part."""
+        seed = self.cfg.seed
         objects = len(self.dataset)
-        first = (part * self.world + self.rank) * self.share
+        first = (part * self.world + self.rank) * self.pairs_a_batch
         pairs = []
-        for place in range(first, first + self.share):
+        for place in range(first, first + self.pairs_a_batch):
             epoch, k = divmod(place, objects)
-            order = draw_order(self.cfg.seed, epoch, objects, self.dataset.phrases_per_photo)
-            i = int(order[k])
-            rng = np.random.default_rng([self.cfg.seed, epoch, i])
-            draw = int(rng.integers(1 << 30))
+            i = int(draw_order(seed, epoch, objects, self.dataset.phrases_per_photo)[k])
+            draw = np.random.default_rng([seed, epoch, i]).integers(1 << 30)
             if self.dataset.endless:
                 i += epoch * objects  # a fresh object
-            pairs.append((i, draw % len(self.dataset.sentences(i))))
+            pairs.append((i, int(draw) % len(self.dataset.sentences(i))))
         return pairs
 
 
@@ -1302,53 +1224,17 @@ def draw_order(seed, epoch, objects, group):
     return (firsts[:, None] + np.arange(group)).ravel()
 
 
-class SceneBatches(torch.utils.data.Dataset):
-    """Batches of rendered scenes without any phrase, to pretrain the small image encoder on.
-
-    Each is a function of its number alone. cells: side of the grid that the labels are drawn on.
-    """
-
-    BATCH = 32  # scenes
-
-    def __init__(self, image_size: int, cells: int):
-        self.image_size = image_size
-        self.cells = cells
-
-    def __getitem__(self, number: int) -> dict[str, torch.Tensor]:
-        """image uint8 (32, 3, size, size); labels (32, 3, cells, cells), see draw_labels."""
-        rng = np.random.default_rng([number, 2])
-        squares = []
-        labels = []
-        for _ in range(self.BATCH):
-            things = scatter(rng, PALETTES["shapes"])
-            squares.append(letterbox(render(things, Shapes.side, rng), self.image_size))
-            labels.append(draw_labels(things, self.cells))
-        return {"image": to_image(squares), "labels": torch.from_numpy(np.stack(labels)).long()}
-
-
-class EvalBatches(torch.utils.data.Dataset):
+class EvalBatches(PairBatches):
     """All (object, sentence) pairs of a split, batch_size at a time.
 
-    pairs: all of them, those of a photo in a row, so that a batch decodes it once. words: the pair
-    whose sentence is read for each pair: its own, or with shuffle that of a pair half a split
+    pairs: all of them, those of a photo in a row, so that a batch decodes it once. text_pairs: the
+    pair whose sentence is read for each pair: its own, or with shuffle that of a pair half a split
     further on, which is about another photo unless one photo has most of them. chunks: for each
     batch of process `rank` of `world` the numbers of its pairs.
     """
 
-    def __init__(
-        self,
-        dataset: Dataset,
-        tokenizer: Tokenizer,
-        cfg,
-        batch_size: int,
-        rank: int = 0,
-        world: int = 1,
-        shuffle: bool = False,
-    ):
-        self.dataset = dataset
-        self.tokenizer = tokenizer
-        self.cfg = cfg
-
+    def __init__(self, dataset, tokenizer, cfg, batch_size, rank=0, world=1, shuffle=False):
+        super().__init__(dataset, tokenizer, cfg)
         pairs_of_photo = {}
         for i in range(len(dataset)):
             pairs = pairs_of_photo.setdefault(dataset.photo_key(i), [])
@@ -1357,64 +1243,61 @@ class EvalBatches(torch.utils.data.Dataset):
 
         n = len(self.pairs)
         shift = n // 2 if shuffle else 0
-        self.words = self.pairs[shift:] + self.pairs[:shift]
+        self.text_pairs = self.pairs[shift:] + self.pairs[:shift]
         chunks = [range(n)[start : start + batch_size] for start in range(0, n, batch_size)]
         self.chunks = chunks[rank::world]
 
-    def __getitem__(self, chunk: int) -> dict:
-        """rows: the numbers of the pairs; image uint8 (B, 3, size, size); tokens (B, L); truth:
-        each pair's mask at its photo's own size, bool (H, W).
+    def __getitem__(self, number):
+        """rows, image uint8 (B, 3, size, size), tokens (B, L), truth.
 
-        The masks stay numpy arrays: a tensor that a loader process sends costs an open file.
+        rows: the numbers of the pairs. truth: each pair's mask at its photo's own size, bool
+        (H, W). The masks stay numpy arrays: a tensor that a loader process sends costs an open
+        file.
         """
-        rows = list(self.chunks[chunk])
-        objects = [self.pairs[row][0] for row in rows]
-        words = [self.words[row] for row in rows]
-
-        keys = [self.dataset.photo_key(i) for i in objects]
-        squares = {}
-        for i, key in zip(objects, keys, strict=True):
-            if key not in squares:
-                squares[key] = self.dataset.square(i, self.cfg.image_size, self.cfg.mask_rule)
-
-        image = to_image([squares[key] for key in keys])
-        sentences = [self.dataset.sentences(i)[k] for i, k in words]
-        tokens = self.tokenizer(sentences, self.cfg.text_length)
-        truth = [self.dataset.mask(i) for i in objects]
-        return {"rows": rows, "image": image, "tokens": tokens, "truth": truth}
+        rows = list(self.chunks[number])
+        pairs = [self.pairs[row] for row in rows]
+        tokens = self.tokens([self.text_pairs[row] for row in rows])
+        truth = [self.dataset.mask(i) for i, _ in pairs]
+        return {"rows": rows, "image": self.image(pairs), "tokens": tokens, "truth": truth}
 
 
-def to_image(squares):
+class SceneBatches(torch.utils.data.Dataset):
+    """Batches of rendered scenes without any phrase, to pretrain the small image encoder on.
+
+    Each is a function of its number alone. cells: side of the grid that the labels are drawn on.
+    """
+
+    BATCH = 32  # scenes
+
+    def __init__(self, image_size, cells):
+        self.image_size = image_size
+        self.cells = cells
+
+    def __getitem__(self, number):
+        """image uint8 (32, 3, size, size); labels (32, 3, cells, cells), see draw_labels."""
+        rng = np.random.default_rng([number, 2])
+        photos = []
+        labels = []
+        for _ in range(self.BATCH):
+            things = scatter(rng, PALETTES["shapes"])
+            photos.append(letterbox(render(things, Shapes.side, rng), self.image_size))
+            labels.append(draw_labels(things, self.cells))
+        return {"image": to_image(photos), "labels": torch.from_numpy(np.stack(labels)).long()}
+
+
+def to_image(photos):
     """B times uint8 (size, size, 3) -> uint8 (B, 3, size, size)."""
-    return torch.from_numpy(np.stack(squares)).permute(0, 3, 1, 2).contiguous()
+    return torch.from_numpy(np.stack(photos)).permute(0, 3, 1, 2).contiguous()
 
 
 # ---- loader processes ----
 
 LOADER_SECONDS = 300  # so long one batch may take
-STARTED = {}  # loader process -> the process that started it
 
 
-class Loader(DataLoader):
-    """torch's DataLoader, which remembers the processes that it starts, for end_loaders."""
-
-    def __iter__(self):
-        others = multiprocessing.active_children()
-        batches = super().__iter__()
-        for child in multiprocessing.active_children():
-            if child not in others:
-                STARTED[child] = os.getpid()
-        return batches
-
-
-def make_loader(
-    batches: torch.utils.data.Dataset,
-    numbers: Iterable[int],
-    workers: int,
-    pin_memory: bool = False,
-) -> DataLoader:
+def make_loader(batches, numbers, workers, pin_memory=False):
     """batches[n] for n in numbers, made by so many loader processes; 0: by this one."""
-    return Loader(
+    return DataLoader(
         batches,
         batch_size=None,  # they are batches already
         sampler=numbers,
@@ -1442,11 +1325,12 @@ def ignore_signals(worker):
 
 @atexit.register
 def end_loaders():
-    """Python would send loaders that are left at its end a SIGTERM, which they ignore, and wait.
+    """Kill the loader processes that are left when this process ends.
 
-    Other children of the program that uses this file are not ours to end.
+    Python would send them, like all daemon processes, a SIGTERM, which they ignore, and wait for
+    them. Children that are no daemons go on.
     """
-    left = [child for child, parent in STARTED.items() if parent == os.getpid()]
+    left = [child for child in multiprocessing.active_children() if child.daemon]
     if left and hasattr(signal, "SIGCHLD"):  # not on Windows
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would report an error
     for child in left:
@@ -1456,59 +1340,62 @@ def end_loaders():
 # ---- cache of photos ----
 
 
-def cache_photos(dataset: Dataset, folder: str | Path, size: int, rule: str = "aligned"):
-    """Lets dataset.square read from one file in the folder, which is built now unless it is there.
+def cache_photos(dataset, folder, size, rule="aligned"):
+    """Lets dataset.letterboxed read from one file in the folder, built now unless it is there.
 
     The file's name tells data set, size, rule and photos. A second process waits for the first.
     """
     if dataset.endless:
         raise ValueError(f"{dataset.name} {dataset.split} never repeats a photo: leave --cache out")
     keys = [dataset.photo_key(i) for i in range(len(dataset))]
-    photos = {key: row for row, key in enumerate(dict.fromkeys(keys))}
-    rows = np.array([photos[key] for key in keys])
-    firsts = np.unique(rows, return_index=True)[1]  # of each row: the first object with that photo
+    # the different photos, an object that has each, and of each object the number of its photo
+    photos, objects, numbers = np.unique(keys, return_index=True, return_inverse=True)
 
-    digest = zlib.crc32(repr(list(photos)).encode())
-    name = f"{Path(dataset.name).stem}-{dataset.split}-{size}-{rule}-{len(photos)}-{digest:08x}.u8"
-    path = Path(folder) / name
+    digest = zlib.crc32(repr(photos.tolist()).encode())
+    name = f"{Path(dataset.name).stem}-{dataset.split}-{size}-{rule}-{digest:08x}.u8"
+    path = Path(folder, name)
     path.parent.mkdir(parents=True, exist_ok=True)
     with lock(f"{path}.lock", "w"):
-        if not path.exists() or path.stat().st_size != len(firsts) * size * size * 3:
-            write_cache(path, dataset, firsts, size, rule)
-    dataset.cache = PhotoCache(path, rows, size, rule)
+        if not path.exists():
+            write_cache(path, dataset, objects, size, rule)
+    dataset.cache = PhotoCache(path, numbers, size, rule)
 
 
-def write_cache(path, dataset, firsts, size, rule):
-    """Appends the squares of these objects to PATH.part, which is renamed when it is complete.
+def write_cache(path, dataset, objects, size, rule):
+    """Appends these objects' photos to PATH.part, which is renamed when it is complete.
 
     A run that is killed goes on after the last whole photo.
     """
     n = size * size * 3
-    with open(f"{path}.part", "ab") as part:
-        begin = part.tell() // n
-        part.truncate(begin * n)  # a photo that was cut off
-        needed = (len(firsts) - begin) * n / 1e9
+    with open(f"{path}.part", "ab") as unfinished:
+        done = unfinished.tell() // n
+        unfinished.truncate(done * n)  # a photo that was cut off
+        needed = (len(objects) - done) * n / 1e9
         free = shutil.disk_usage(path.parent).free / 1e9
         if needed > free:
             raise OSError(f"{path} needs {needed:.2f} GB more, {free:.2f} GB are free on its disk")
 
-        what = f"photos of {path}"
-        for i in progress(firsts[begin:], len(firsts), what, begin):
-            part.write(dataset.square(i, size, rule).tobytes())
-        part.flush()
-        os.fsync(part.fileno())
+        for i in progress(objects[done:], len(objects), f"photos of {path}", done):
+            unfinished.write(dataset.letterboxed(i, size, rule).tobytes())
+        unfinished.flush()
+        os.fsync(unfinished.fileno())
     os.replace(f"{path}.part", path)
 
 
 # ---- files and errors ----
 
 
-def read_file(path: str | Path, parse: Callable, fix: str):
-    """parse(open file). A missing or damaged file is an error that names it and says what to do."""
-    if not Path(path).is_file():
+def read_file(path, parse, fix):
+    """parse(open file). A missing or damaged file is an error that names it and says what to do.
+
+    path: a string, a Path or a place in a zip, as find_photo gives it.
+    """
+    if isinstance(path, str):
+        path = Path(path)
+    if not path.is_file():
         raise FileNotFoundError(f"{path} is missing; {fix}")
     try:
-        with open(path, "rb") as file:
+        with path.open("rb") as file:
             return parse(file)
     except Exception as error:  # parsers raise nearly anything on a broken file
         why = f"{type(error).__name__}: {error}"
@@ -1517,7 +1404,7 @@ def read_file(path: str | Path, parse: Callable, fix: str):
         ) from error
 
 
-def write_whole(path: str | Path, write: Callable):
+def write_whole(path, write):
     """write(file) under a temporary name, then rename: path is whole at any moment, old or new.
 
     Every call has a temporary name of its own, so that two writers never mix their files. Raises
@@ -1541,7 +1428,7 @@ def write_whole(path: str | Path, write: Callable):
         temporary.unlink(missing_ok=True)
 
 
-def lock(path: str | Path, mode: str, wait: bool = True) -> contextlib.AbstractContextManager:
+def lock(path, mode, wait=True):
     """The open file, which until the end of a `with` no other process can lock; others wait.
 
     wait: False raises BlockingIOError where another process has it. A lock ends with its process,
@@ -1564,12 +1451,10 @@ def lock(path: str | Path, mode: str, wait: bool = True) -> contextlib.AbstractC
     return file
 
 
-def progress(
-    items: Iterable, total: int, what: str, done: int = 0, size: Callable | None = None
-) -> Iterator:
+def progress(items, total, what, done=0, size=None):
     """The items, one by one; stderr shows the share of the total that is done and the time left.
 
-    size: how much of the total an item is; None: 1.
+    done: how much of the total there was before. size: how much of it an item is; None: 1.
     """
     on_terminal = sys.stderr.isatty()
     pause = 0.5 if on_terminal else 30  # seconds; a terminal's line is written over
@@ -1579,14 +1464,13 @@ def progress(
     try:
         for item in items:
             yield item
-            done += 1 if size is None else size(item)
+            done += size(item) if size else 1
             now = perf_counter()
             if now - shown > pause:
                 shown = now
                 left = round((total - done) / (done - already) * (now - begun))  # seconds
-                time_left = f"{left // 60}:{left % 60:02}"
                 print(
-                    f"{done / total:4.0%} of {total:,} {what}, {time_left} left ",
+                    f"{done / total:4.0%} of {total:,} {what}, {left // 60}:{left % 60:02} left ",
                     end="\r" if on_terminal else "\n",
                     file=sys.stderr,
                     flush=True,
@@ -1625,7 +1509,7 @@ def run_as_program(main):
         sys.exit(f"{program}: stopped")
     except (ValueError, OSError, MemoryError, RuntimeError) as error:
         message = IN_LOADER.sub("", str(error)).strip()
-        advice = [text for words, text in ADVICE.items() if words in message]
+        advice = [text for sign, text in ADVICE.items() if sign in message]
         if isinstance(error, RuntimeError) and not advice:  # torch's own, of which we know nothing
             raise
         if advice:

@@ -313,7 +313,7 @@ def score_sentences(
         dist.all_reduce(counts)  # a row is zero in all processes but one
 
     rows = []
-    pairs = zip(batches.pairs, batches.words, counts.tolist(), strict=True)
+    pairs = zip(batches.pairs, batches.text_pairs, counts.tolist(), strict=True)
     for (i, sentence), (j, spoken), (inter, union, share, score) in pairs:
         phrase = dataset.sentences(j)[spoken]
         row = {
@@ -369,12 +369,12 @@ def segment_all(
     """segment for several texts about one image, as one batch: a mask and a score for each."""
     cfg = model.config
     photo = open_image(image)
-    square = torch.from_numpy(letterbox(photo, cfg.image_size, cfg.mask_rule))  # (s, s, 3)
-    squares = square.permute(2, 0, 1).expand(len(texts), -1, -1, -1)  # (B, 3, s, s)
+    boxed = torch.from_numpy(letterbox(photo, cfg.image_size, cfg.mask_rule))  # (s, s, 3)
+    photos = boxed.permute(2, 0, 1).expand(len(texts), -1, -1, -1)  # (B, 3, s, s)
     tokens = model.tokenizer(texts, cfg.text_length)
     sizes = [(photo.height, photo.width)] * len(texts)
 
-    masks, scores = predict(model, squares, tokens, sizes, threshold, bf16)
+    masks, scores = predict(model, photos, tokens, sizes, threshold, bf16)
     return list(zip([mask.cpu().numpy() for mask in masks], scores.tolist(), strict=True))
 
 

@@ -34,7 +34,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from data import (
     COLOURS,
-    KINDS,
+    FORMS,
     SIZES,
     SceneBatches,
     Shapes,
@@ -275,13 +275,13 @@ def pretrain(cfg: Config, device: torch.device) -> None:
 
 
 def pretrain_image_encoder(vision: nn.Module, cfg: Config, device: torch.device) -> list[float]:
-    """Learn to say kind, colour and size of what lies in each cell of a scene. Returns the losses.
+    """Learn to say form, colour and size of what lies in each cell of a scene. Returns the losses.
 
     differs: DINOv2 learned by itself, from 142 million photos. Here labels stand in for that, as
-    nothing that learns by itself told the kinds apart in the two minutes that a laptop has.
+    nothing that learns by itself told the forms apart in the two minutes that a laptop has.
     """
     images, labels = labelled_scenes(cfg)
-    classes = [len(KINDS) + 1, len(COLOURS) + 1, len(SIZES) + 1]  # with the ground
+    classes = [len(FORMS) + 1, len(COLOURS) + 1, len(SIZES) + 1]  # with the ground
     head = nn.Linear(cfg.vision_width, CELLS**2 * sum(classes)).to(device)
     trained = [p for p in [*vision.parameters(), *head.parameters()] if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, weight_decay=0.0)
@@ -297,7 +297,7 @@ def pretrain_image_encoder(vision: nn.Module, cfg: Config, device: torch.device)
         guesses = guesses.unflatten(2, (CELLS**2, sum(classes))).split(classes, dim=3)
 
         loss = 0.0
-        for k, guess in enumerate(guesses):  # kind, colour, size: (B, N, cells, classes)
+        for k, guess in enumerate(guesses):  # form, colour, size: (B, N, cells, classes)
             truth = labels[picked, k].to(device)  # (B, N, cells)
             loss = loss + F.cross_entropy(guess.flatten(0, 2), truth.flatten())
         losses.append(update(optimizer, trained, loss))
