@@ -172,7 +172,6 @@ from weights import (
     load_detris,
     load_dinov2,
     load_model,
-    merge_lora,
     new_model,
     read_checkpoint,
     read_tensors,
@@ -2793,23 +2792,19 @@ def test_a_cache_that_cannot_work_is_refused():
 # ---- files and errors ----
 
 
-def writing(content: bytes):
-    """What write_whole wants: a function that writes into an open file."""
-
-    def write(file) -> None:
+def write_bytes(path: Path, content: bytes) -> None:
+    with write_whole(path) as file:
         file.write(content)
-
-    return write
 
 
 def test_a_file_is_written_whole_or_not_at_all():
     """A run that is killed while it saves must leave the checkpoint that it had."""
     path = new_folder() / "new" / "file"
-    write_whole(path, writing(b"old"))
+    write_bytes(path, b"old")
 
     def write_much() -> None:
         for number in range(1000):
-            write_whole(path, writing(b"%04d" % number * 100_000))
+            write_bytes(path, b"%04d" % number * 100_000)
 
     for _ in range(10):
         in_child(write_much, kill_between=(0.02, 0.12))
@@ -2822,12 +2817,12 @@ def test_a_write_that_fails_leaves_the_old_file_and_nothing_else():
     named.
     """
     path = new_folder() / "file"
-    write_whole(path, writing(b"old"))
+    write_bytes(path, b"old")
 
     for failure in (OSError("disk full"), RuntimeError("disk full"), KeyboardInterrupt()):
         with patch("os.fsync", side_effect=failure):
             kind = KeyboardInterrupt if isinstance(failure, KeyboardInterrupt) else OSError
-            said = error_of(kind, write_whole, path, writing(b"new"))
+            said = error_of(kind, write_bytes, path, b"new")
         assert kind is KeyboardInterrupt or (str(path) in said and "disk full" in said)
         assert path.read_bytes() == b"old"
         assert os.listdir(path.parent) == ["file"]
@@ -2837,13 +2832,11 @@ def test_two_writers_of_one_file_never_mix():
     """With one temporary name the second would go on in what the first has open."""
     path = new_folder() / "file"
 
-    def write_twice(file) -> None:
+    with write_whole(path) as file:
         file.write(b"outer, ")
-        write_whole(path, writing(b"inner"))
+        write_bytes(path, b"inner")
         assert path.read_bytes() == b"inner"
         file.write(b"whole")
-
-    write_whole(path, write_twice)
 
     assert path.read_bytes() == b"outer, whole" and os.listdir(path.parent) == ["file"]
 
@@ -2853,7 +2846,7 @@ def test_a_written_file_has_the_rights_of_any_other():
     folder = new_folder()
     (folder / "other").write_bytes(b"")
 
-    write_whole(folder / "file", writing(b""))
+    write_bytes(folder / "file", b"")
 
     assert (folder / "file").stat().st_mode == (folder / "other").stat().st_mode
 
@@ -3408,27 +3401,6 @@ def test_the_tokenizer_travels_with_the_model():
     )
     assert tokens[0, 0] == 298  # start and end are the two largest ids
     assert tokens[0, 3] == 299
-
-
-def test_merged_lora_gives_the_same_outputs_and_is_kept():
-    """W_0 + B A as one matrix is the same map. The encoders then differ from the released ones."""
-    model = small_model(method="lora", visual_rank=6, text_layers=(0, 1), text_rank=10)
-    model.keeps_encoders = False
-    for name, parameter in model.named_parameters():
-        if name.endswith("lora.B"):  # at first B is zero, and LoRA changes nothing
-            torch.nn.init.normal_(parameter, std=0.1)
-    before = outputs_of(model)
-    plain = small_model(method="frozen", visual_layers=(), text_layers=())
-    plain.load_state_dict(model.state_dict(), strict=False)
-
-    merge_lora(model)
-    path = new_folder() / "merged.pt"
-    save_checkpoint(path, model)
-
-    assert (outputs_of(plain) - before).abs().max() > 1e-3, "LoRA does change something here"
-    assert_close(outputs_of(model), before, 1e-5)
-    assert not adapter_keys(model)
-    assert torch.equal(outputs_of(load_model(path)), outputs_of(model))
 
 
 # ---- the authors' checkpoints ----

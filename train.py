@@ -508,8 +508,8 @@ def claim_folder(out: Path, resume: str, step: int) -> None:
 
     best = Path(resume).parent / "best.pt"
     if resume and step and best.is_file() and not (out / "best.pt").exists():
-        content = best.read_bytes()
-        write_whole(out / "best.pt", lambda file: file.write(content))
+        with write_whole(out / "best.pt") as file:
+            file.write(best.read_bytes())
 
 
 class Stopped(Exception):
@@ -598,7 +598,8 @@ def keep_lines_until(path: Path, step: int, validated: int) -> None:
             known = validated if "mIoU" in entry else step
             if entry["step"] <= known:
                 kept.append(line)
-    write_whole(path, lambda file: file.writelines(kept))
+    with write_whole(path) as file:
+        file.writelines(kept)
 
 
 def read_whole_lines(file) -> list[tuple[bytes, dict]]:
@@ -920,7 +921,8 @@ def train_row(cfg: Config, row: str, settings: dict, seed: int, rate: float) -> 
         "trained": trained,
         "share": trained / counts["backbone"],
     }
-    write_whole(result_path, lambda file: file.write(json.dumps(result).encode()))
+    with write_whole(result_path) as file:
+        file.write(json.dumps(result).encode())
     return result
 
 
