@@ -82,16 +82,13 @@ ALL_EMPTY = "every predicted mask is empty: train longer, or try a lower --thres
 def restore_probabilities(logits, sizes, image_size, rule="aligned"):
     """logits (B, 1, 4h, 4w) -> B probabilities (H, W), float32, one for each (H, W) of sizes."""
     prob = logits.float().sigmoid()
-    undo = undo_letterbox
-    if rule == "detris":
-        undo = undo_letterbox_detris
     # differs: the authors' release aligns corners, which moves pixels off their centres; our own
     # rule, aligned, leaves the centres where they are at every change of size
-    squares = F.interpolate(
-        prob, (image_size, image_size), mode="bicubic", align_corners=rule == "detris"
-    )  # (B, 1, s, s)
+    is_detris = rule == "detris"
+    undo = undo_letterbox_detris if is_detris else undo_letterbox
+    squares = F.interpolate(prob, image_size, mode="bicubic", align_corners=is_detris)
     restored = []
-    for square, (H, W) in zip(squares, sizes, strict=True):
+    for square, (H, W) in zip(squares, sizes, strict=True):  # square: (1, s, s)
         restored.append(undo(square[None], H, W)[0, 0])
     return restored
 
@@ -149,9 +146,9 @@ def column(rows, key):
 
 
 def metrics(rows):
-    """mIoU, oIoU, Pr@50 ... Pr@90, n and empty (masks in which nothing is) of evaluate's rows.
+    """mIoU, oIoU, Pr@50 ... Pr@90 of evaluate's rows, fractions of 1, and two counts.
 
-    All but n and empty are fractions of 1.
+    The counts are n, of the rows, and empty, of those whose mask is empty.
     """
     iou = column(rows, "iou")
     scores = {
@@ -637,8 +634,12 @@ def score_splits(models, args):
                 args.bf16,
             )
             rows = report.pop("rows")
-            about = {"checkpoint": path, "dataset": args.dataset, "split": dataset.split}
-            about["shuffle_text"] = args.shuffle_text
+            about = {
+                "checkpoint": path,
+                "dataset": args.dataset,
+                "split": dataset.split,
+                "shuffle_text": args.shuffle_text,
+            }
             reports.append(about | report | conditions[path])
             lines += [json.dumps(about | row) + "\n" for row in rows]
             if rank == 0:
@@ -776,12 +777,11 @@ def plan_files(args):
     if args.export:
         written = [args.export]
     elif args.image:
+        stem = args.out.removesuffix(".png")
         count = len(args.image) * len(args.text)
         for number in range(1, count + 1):
-            mask = Path(args.out)
-            if count > 1:
-                mask = mask.with_stem(f"{mask.stem}_{number}")
-            written += [mask, mask.with_stem(f"{mask.stem}_overlay")]
+            name = f"{stem}_{number}" if count > 1 else stem
+            written += [f"{name}.png", f"{name}_overlay.png"]
     elif not args.benchmark:
         written = [path for path in (args.json, args.per_sentence, args.panels) if path]
 

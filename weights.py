@@ -63,17 +63,13 @@ def restore_model(saved, config):
     """The model of a checkpoint. saved: what read_checkpoint gave. config: its own, or changed."""
     model = DCRIS(config)
     encoders = encoder_keys(model)
-    path = saved["path"]
-
-    if encoders.isdisjoint(saved["model"]):  # the checkpoint left the released encoders out
+    left_out = set()
+    if encoders.isdisjoint(saved["model"]):  # they are the released ones
         if config.weights == "none":
-            raise ValueError(f"{path} holds no encoders: name their folder with --weights")
+            raise ValueError(f"{saved['path']} holds no encoders: name their folder with --weights")
         load_encoders(model)
-        load_checked(model, saved["model"], new=encoders, source=path)
-    else:
-        load_checked(model, saved["model"], source=path)
-        model.keeps_encoders = True
-
+        left_out = encoders
+    load_checked(model, saved["model"], new=left_out, source=saved["path"])
     model.tokenizer = tokenizer_for(config)
     return model
 
