@@ -545,7 +545,7 @@ def start_processes(name):
         elif torch.backends.mps.is_available() and world == 1:
             name = "mps"
     if name.startswith("cuda") and world > 1:
-        name = f"cuda:{os.environ['LOCAL_RANK']}"
+        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     try:
         probe = torch.zeros(1, device=name)
         probe.item()  # a device that cannot compute fails here
