@@ -348,12 +348,12 @@ def segment_all(model, image, texts, threshold=None, bf16=False):
     """segment for several texts about one image, as one batch: a pair for each text."""
     cfg = model.config
     photo = open_image(image)
-    square = torch.from_numpy(letterbox(photo, cfg.image_size, cfg.mask_rule))  # (s, s, 3)
-    squares = square.permute(2, 0, 1).expand(len(texts), -1, -1, -1)  # (B, 3, s, s)
+    boxed = torch.from_numpy(letterbox(photo, cfg.image_size, cfg.mask_rule))  # (s, s, 3)
+    photos = boxed.permute(2, 0, 1).expand(len(texts), -1, -1, -1)  # (B, 3, s, s)
     tokens = model.tokenizer(texts, cfg.text_length)
     sizes = [(photo.height, photo.width)] * len(texts)
 
-    preds, confidences = predict(model, squares, tokens, sizes, threshold, bf16)
+    preds, confidences = predict(model, photos, tokens, sizes, threshold, bf16)
     masks = [pred.cpu().numpy() for pred in preds]
     return list(zip(masks, confidences.tolist(), strict=True))
 
