@@ -1404,18 +1404,19 @@ def read_file(path, parse, fix):
         ) from error
 
 
-def write_whole(path, write):
-    """write(file) under a temporary name, then rename: path is whole at any moment, old or new.
+@contextlib.contextmanager
+def write_whole(path: str | Path):
+    """A file to write in a `with` block, whole or not at all: the path holds the old or the new.
 
-    Every call has a temporary name of its own, so that two writers never mix their files. Raises
-    OSError where nothing could be written.
+    It has a temporary name until the block ends, and one of its own, so that two writers never mix
+    their files. Raises OSError where nothing could be written.
     """
     path = Path(path)
     temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "xb") as file:
-            write(file)
+            yield file
             file.flush()
             os.fsync(file.fileno())  # on the disk before it gets its name
         os.replace(temporary, path)
@@ -1500,9 +1501,12 @@ ADVICE = {  # what an error's message holds -> what to do about it
 def run_as_program(main):
     """main() as a program, which ends with status 1 and one line for an error that users can mend.
 
-    A second line is advice, where we have some. Our own bugs keep their traceback.
+    A second line is advice, where we have some. Our own bugs keep their traceback. What is printed
+    shows at once, also in a pipe; letters that the terminal lacks become escapes such as \\u4eba.
     """
     program = Path(sys.argv[0]).name
+    if hasattr(sys.stdout, "reconfigure"):  # stdout may be anything that has a write
+        sys.stdout.reconfigure(errors="backslashreplace", line_buffering=True)
     try:
         main()
     except KeyboardInterrupt:

@@ -100,6 +100,7 @@ from evaluate import (
     BLUE,
     RED,
     column,
+    describe_sentences,
     draw_panels,
     evaluate,
     format_table,
@@ -112,7 +113,6 @@ from evaluate import (
     predict,
     restore_masks,
     restore_probabilities,
-    score_sentences,
     segment,
     segment_all,
     showcase,
@@ -173,7 +173,6 @@ from weights import (
     load_detris,
     load_dinov2,
     load_model,
-    merge_lora,
     new_model,
     read_checkpoint,
     read_tensors,
@@ -2797,23 +2796,19 @@ def test_a_cache_that_cannot_work_is_refused():
 # ---- files and errors ----
 
 
-def writing(content: bytes):
-    """What write_whole wants: a function that writes into an open file."""
-
-    def write(file) -> None:
+def write_bytes(path: Path, content: bytes) -> None:
+    with write_whole(path) as file:
         file.write(content)
-
-    return write
 
 
 def test_a_file_is_written_whole_or_not_at_all():
     """A run that is killed while it saves must leave the checkpoint that it had."""
     path = new_folder() / "new" / "file"
-    write_whole(path, writing(b"old"))
+    write_bytes(path, b"old")
 
     def write_much() -> None:
         for number in range(1000):
-            write_whole(path, writing(b"%04d" % number * 100_000))
+            write_bytes(path, b"%04d" % number * 100_000)
 
     for _ in range(10):
         in_child(write_much, kill_between=(0.02, 0.12))
@@ -2826,12 +2821,12 @@ def test_a_write_that_fails_leaves_the_old_file_and_nothing_else():
     named.
     """
     path = new_folder() / "file"
-    write_whole(path, writing(b"old"))
+    write_bytes(path, b"old")
 
     for failure in (OSError("disk full"), RuntimeError("disk full"), KeyboardInterrupt()):
         with patch("os.fsync", side_effect=failure):
             kind = KeyboardInterrupt if isinstance(failure, KeyboardInterrupt) else OSError
-            said = error_of(kind, write_whole, path, writing(b"new"))
+            said = error_of(kind, write_bytes, path, b"new")
         assert kind is KeyboardInterrupt or (str(path) in said and "disk full" in said)
         assert path.read_bytes() == b"old"
         assert os.listdir(path.parent) == ["file"]
@@ -2841,13 +2836,11 @@ def test_two_writers_of_one_file_never_mix():
     """With one temporary name the second would go on in what the first has open."""
     path = new_folder() / "file"
 
-    def write_twice(file) -> None:
+    with write_whole(path) as file:
         file.write(b"outer, ")
-        write_whole(path, writing(b"inner"))
+        write_bytes(path, b"inner")
         assert path.read_bytes() == b"inner"
         file.write(b"whole")
-
-    write_whole(path, write_twice)
 
     assert path.read_bytes() == b"outer, whole" and os.listdir(path.parent) == ["file"]
 
@@ -2857,7 +2850,7 @@ def test_a_written_file_has_the_rights_of_any_other():
     folder = new_folder()
     (folder / "other").write_bytes(b"")
 
-    write_whole(folder / "file", writing(b""))
+    write_bytes(folder / "file", b"")
 
     assert (folder / "file").stat().st_mode == (folder / "other").stat().st_mode
 
@@ -3412,27 +3405,6 @@ def test_the_tokenizer_travels_with_the_model():
     )
     assert tokens[0, 0] == 298  # start and end are the two largest ids
     assert tokens[0, 3] == 299
-
-
-def test_merged_lora_gives_the_same_outputs_and_is_kept():
-    """W_0 + B A as one matrix is the same map. The encoders then differ from the released ones."""
-    model = small_model(method="lora", visual_rank=6, text_layers=(0, 1), text_rank=10)
-    model.keeps_encoders = False
-    for name, parameter in model.named_parameters():
-        if name.endswith("lora.B"):  # at first B is zero, and LoRA changes nothing
-            torch.nn.init.normal_(parameter, std=0.1)
-    before = outputs_of(model)
-    plain = small_model(method="frozen", visual_layers=(), text_layers=())
-    plain.load_state_dict(model.state_dict(), strict=False)
-
-    merge_lora(model)
-    path = new_folder() / "merged.pt"
-    save_checkpoint(path, model)
-
-    assert (outputs_of(plain) - before).abs().max() > 1e-3, "LoRA does change something here"
-    assert_close(outputs_of(model), before, 1e-5)
-    assert not adapter_keys(model)
-    assert torch.equal(outputs_of(load_model(path)), outputs_of(model))
 
 
 # ---- the authors' checkpoints ----
@@ -4379,12 +4351,13 @@ def test_each_rule_has_its_own_threshold():
 
 
 def test_metrics_equal_those_by_hand():
-    """Four sentences: IoU 0.5, 0, 0.9 and an empty union, which counts as 0."""
-    scores = metrics(np.array([5.0, 0, 9, 0]), np.array([10.0, 4, 10, 0]))
+    """Four sentences: IoU 0.5, 0, 0.9 and 0, of which two masks are empty."""
+    scores = metrics([result("a", 5, 10), result("b", 0, 4), result("c", 9, 10), result("d", 0, 1)])
 
     assert abs(scores["mIoU"] - 0.35) < 1e-9  # (0.5 + 0 + 0.9 + 0) / 4
-    assert abs(scores["oIoU"] - 14 / 24) < 1e-9  # (5 + 9) / (10 + 4 + 10)
+    assert abs(scores["oIoU"] - 14 / 25) < 1e-9  # (5 + 9) / (10 + 4 + 10 + 1)
     assert scores["n"] == 4
+    assert scores["empty"] == 2
     assert scores["Pr@50"] == 1 / 4  # an IoU of just 0.5 is not above 0.5
     assert scores["Pr@80"] == 1 / 4
     assert scores["Pr@90"] == 0
@@ -4419,7 +4392,7 @@ def test_sentences_are_grouped_by_kind_place_length_and_size():
 
 
 def result(photo: str, inter: float, union: float, groups: tuple = ()) -> dict:
-    """What summarise reads of a row of score_sentences."""
+    """What summarise reads of a row of evaluate."""
     return {
         "photo": photo,
         "inter": inter,
@@ -4506,7 +4479,7 @@ def test_every_sentence_is_scored_as_segment_sees_it():
     model = scoring_model()
     val = open_dataset("refcoco", "val", make_refcoco())
 
-    rows = score_sentences(model, val, batch_size=7)
+    rows = evaluate(model, val, batch_size=7)["rows"]
 
     assert [row["object"] for row in rows] == 17 * [0] + 17 * [1]
     assert [row["sentence"] for row in rows] == 2 * list(range(17))
@@ -4528,8 +4501,8 @@ def test_batched_scores_equal_one_by_one():
     model = scoring_model().train()
     val = open_dataset("refcoco", "val", make_refcoco())
 
-    one_by_one = score_sentences(model, val, batch_size=1)
-    batched = score_sentences(model, val, batch_size=23)
+    one_by_one = evaluate(model, val, batch_size=1)["rows"]
+    batched = evaluate(model, val, batch_size=23)["rows"]
 
     assert model.training
     assert len(one_by_one) == 34
@@ -4537,6 +4510,7 @@ def test_batched_scores_equal_one_by_one():
         assert abs(one.pop("score") - other.pop("score")) < 1e-5
         assert one == other
     report = evaluate(model, val, batch_size=5, workers=1)
+    del report["rows"]
     assert report == summarise(one_by_one)
 
 
@@ -4546,7 +4520,7 @@ def test_shuffled_text_scores_the_phrases_of_other_photos():
     model = scoring_model()
     val = open_dataset("refcoco", "val", make_refcoco())
 
-    rows = score_sentences(model, val, shuffle_text=True)
+    rows = evaluate(model, val, shuffle_text=True)["rows"]
 
     for i, other in ((0, 1), (1, 0)):
         row = rows[17 * i]  # of the phrase "photo 0" or "photo 4"
@@ -4556,6 +4530,32 @@ def test_shuffled_text_scores_the_phrases_of_other_photos():
         assert row["phrase"] == wrong != right
         assert abs(row["score"] - segment(model, val.photo(i), wrong)[1]) < 1e-5
         assert abs(row["score"] - segment(model, val.photo(i), right)[1]) > 1e-4
+
+
+def test_a_sentence_whose_union_is_empty_has_iou_0():
+    """Nothing is there and nothing is predicted: 0 / 0 must not end a run of hours."""
+    batches = scoring(open_dataset("refcoco", "val", make_refcoco()), batch_size=34)
+
+    row, *_ = describe_sentences(batches, 34 * [(0.0, 0.0, 0.0, 0.0)])
+
+    assert row["iou"] == 0
+    assert row["empty"]
+
+
+def test_pixels_of_a_large_photo_are_counted_exactly():
+    """float32 knows no odd number beyond 2 ** 24. One phrase about 4097 x 4097 pixels, all of them
+    the object's and all predicted."""
+    folder = new_folder()
+    side = 4097
+    Image.new("RGB", (side, side)).save(folder / "a.png", compress_level=1)
+    corners = [0, 0, side, 0, side, side, 0, side]
+    line = {"image": "a.png", "mask": [corners], "sentences": ["all"]}
+    (folder / "own.jsonl").write_text(json.dumps(line))
+    own = open_dataset(str(folder / "own.jsonl"), "val", folder)
+
+    report = evaluate(scoring_model(), own, threshold=1e-9)
+
+    assert report["rows"][0]["union"] == report["rows"][0]["inter"] == side**2
 
 
 def test_empty_masks_are_counted():
@@ -4821,6 +4821,7 @@ def test_evaluate_program_writes_scores_rows_and_panels():
     checkpoint = saved_model(data_root=str(root))
     out = new_folder()
     expected = evaluate(load_model(checkpoint), open_dataset("refcoco", "val", root))
+    del expected["rows"]
 
     said = evaluate_prints(
         *["--checkpoint", checkpoint, "--json", out / "scores"],
@@ -4844,7 +4845,7 @@ def test_evaluate_program_writes_scores_rows_and_panels():
 
 def test_flags_of_scoring_reach_every_sentence():
     """--shuffle_text, --threshold and --bf16 change the figures: the rows that are written must be
-    those of score_sentences with the same settings."""
+    those of evaluate() with the same settings."""
     root = make_refcoco()
     checkpoint = saved_model(data_root=str(root))
     val = open_dataset("refcoco", "val", root)
@@ -4854,9 +4855,9 @@ def test_flags_of_scoring_reach_every_sentence():
     evaluate_prints("--checkpoint", checkpoint, *flags)
 
     model = load_model(checkpoint)
-    expected = score_sentences(model, val, shuffle_text=True, threshold=0.65, bf16=True)
-    exact = score_sentences(model, val, shuffle_text=True, threshold=0.65)
-    default = score_sentences(model, val, shuffle_text=True, bf16=True)
+    expected = evaluate(model, val, shuffle_text=True, threshold=0.65, bf16=True)["rows"]
+    exact = evaluate(model, val, shuffle_text=True, threshold=0.65)["rows"]
+    default = evaluate(model, val, shuffle_text=True, bf16=True)["rows"]
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     scores = [row["score"] for row in rows]
     inters = [row["inter"] for row in rows]
@@ -4912,6 +4913,7 @@ def test_two_processes_score_what_one_does():
 
     (report,) = json.loads((out / "two").read_text())
     expected = evaluate(load_model(checkpoint), open_dataset("refcoco", "val", root))
+    del expected["rows"]
     assert report | expected == report
     assert len((out / "rows").read_text().splitlines()) == 34
     assert (out / "p.png").exists()
@@ -5019,11 +5021,11 @@ def test_letters_that_the_terminal_lacks_are_printed_as_escapes():
     out = new_folder()
     terminal = io.TextIOWrapper(io.BytesIO(), encoding="cp1252")
 
+    flags = ["--checkpoint", str(saved_model()), "--image", str(photo), "--text", "人", "café"]
+    flags += ["--out", str(out / "m.png"), "--device", "cpu"]
+
     with redirect_stdout(terminal):
-        evaluate_program(
-            ["--checkpoint", str(saved_model()), "--image", str(photo), "--text", "人", "café"]
-            + ["--out", str(out / "m.png"), "--device", "cpu"]
-        )
+        run_as_program(functools.partial(evaluate_program, flags))
 
     terminal.flush()
     said = terminal.buffer.getvalue().decode("cp1252")
@@ -6214,9 +6216,9 @@ def test_validation_on_a_cpu_is_in_float32():
     save_checkpoint(path, small_model(bf16=True))
     model = load_model(path)
 
-    rows = validate(model, val, model.config, 0, 1, CPU)
+    rows = validate(model, val, model.config, CPU)
 
-    assert rows == score_sentences(model, val)
+    assert rows == evaluate(model, val)["rows"]
 
 
 def test_a_run_from_cached_photos_equals_one_from_files():

@@ -52,9 +52,9 @@ from data import (
 from evaluate import (
     draw_panels,
     end_processes,
+    evaluate,
     format_table,
     precision,
-    score_sentences,
     showcase,
     start_processes,
     summarise,
@@ -130,7 +130,7 @@ def train(cfg: Config, saved: dict | None = None) -> dict:
             # After an epoch: validate, and keep the best model so far. This stands before the step
             # so that a run that was stopped right after an epoch validates when it is resumed.
             if step in epoch_ends and validated < step:
-                rows = validate(raw, val_set, cfg, rank, world, device)
+                rows = validate(raw, val_set, cfg, device)
                 scores = summarise(rows)
                 improved = scores["mIoU"] > best
                 with signals.held():
@@ -167,7 +167,7 @@ def train(cfg: Config, saved: dict | None = None) -> dict:
                 saved_at = time.monotonic()
 
         if rows is None:  # a run that had only its pictures left to make
-            rows = validate(raw, val_set, cfg, rank, world, device)
+            rows = validate(raw, val_set, cfg, device)
         if rank == 0:
             log.close()
             draw_curves([out / "log.jsonl"], out / "curves.png")
@@ -440,12 +440,10 @@ def resume_point(
     return saved["step"], saved["validated"], saved["best"]
 
 
-def validate(
-    raw: DCRIS, val_set, cfg: Config, rank: int, world: int, device: torch.device
-) -> list[dict]:
+def validate(raw: DCRIS, val_set, cfg: Config, device: torch.device) -> list[dict]:
     """Score every sentence of val; in bf16 only on GPUs, so that CPUs agree with evaluate.py."""
     bf16 = cfg.bf16 and device.type == "cuda"
-    return score_sentences(raw, val_set, workers=cfg.workers, rank=rank, world=world, bf16=bf16)
+    return evaluate(raw, val_set, workers=cfg.workers, bf16=bf16)["rows"]
 
 
 def read_values(unread: list[Tensor], step: int, lr: float, batches: TrainBatches) -> list[float]:
@@ -508,8 +506,8 @@ def claim_folder(out: Path, resume: str, step: int) -> None:
 
     best = Path(resume).parent / "best.pt"
     if resume and step and best.is_file() and not (out / "best.pt").exists():
-        content = best.read_bytes()
-        write_whole(out / "best.pt", lambda file: file.write(content))
+        with write_whole(out / "best.pt") as file:
+            file.write(best.read_bytes())
 
 
 class Stopped(Exception):
@@ -598,7 +596,8 @@ def keep_lines_until(path: Path, step: int, validated: int) -> None:
             known = validated if "mIoU" in entry else step
             if entry["step"] <= known:
                 kept.append(line)
-    write_whole(path, lambda file: file.writelines(kept))
+    with write_whole(path) as file:
+        file.writelines(kept)
 
 
 def read_whole_lines(file) -> list[tuple[bytes, dict]]:
@@ -920,7 +919,8 @@ def train_row(cfg: Config, row: str, settings: dict, seed: int, rate: float) -> 
         "trained": trained,
         "share": trained / counts["backbone"],
     }
-    write_whole(result_path, lambda file: file.write(json.dumps(result).encode()))
+    with write_whole(result_path) as file:
+        file.write(json.dumps(result).encode())
     return result
 
 

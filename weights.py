@@ -11,7 +11,6 @@ Nothing inside any file is ever run as code.
 import argparse
 import hashlib
 import io
-import math
 import os
 import re
 import shutil
@@ -19,8 +18,7 @@ import sys
 import time
 import zipfile
 import zlib
-from collections.abc import Set
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -28,7 +26,7 @@ import requests
 import torch
 from torch import Tensor, nn
 
-from adapters import Attention, VisionAttention, adapter_keys
+from adapters import adapter_keys
 from data import Tokenizer, lock, progress, run_as_program, write_whole
 from model import DCRIS, PRESETS, Config
 
@@ -53,7 +51,7 @@ def load_model(path_or_name: str | Path, device: str = "cpu", weights: str = "")
     return restore_model(saved, config).to(device).eval()
 
 
-def new_model(config: Config) -> DCRIS:
+def new_model(config):
     """A model to be trained: the encoders that config.weights names, all else at random."""
     model = DCRIS(config)
     load_encoders(model)
@@ -61,38 +59,35 @@ def new_model(config: Config) -> DCRIS:
     return model
 
 
-def restore_model(saved: dict, config: Config) -> DCRIS:
+def restore_model(saved, config):
     """The model of a checkpoint. saved: what read_checkpoint gave. config: its own, or changed."""
     model = DCRIS(config)
     encoders = encoder_keys(model)
-    path = saved["path"]
-
-    if encoders.isdisjoint(saved["model"]):  # the checkpoint left the released encoders out
+    left_out = set()
+    if encoders.isdisjoint(saved["model"]):  # they are the released ones
         if config.weights == "none":
-            raise ValueError(f"{path} holds no encoders: name their folder with --weights")
+            raise ValueError(f"{saved['path']} holds no encoders: name their folder with --weights")
         load_encoders(model)
-        load_checked(model, saved["model"], new=encoders, source=path)
-    else:
-        load_checked(model, saved["model"], source=path)
-        model.keeps_encoders = True
-
+        left_out = encoders
+    load_checked(model, saved["model"], new=left_out, source=saved["path"])
     model.tokenizer = tokenizer_for(config)
     return model
 
 
-def tokenizer_for(config: Config) -> Tokenizer:
+def tokenizer_for(config):
     """CLIP's where the encoders are the released ones. Others read ids that need no file."""
+    vocabulary = None
     if are_released(config.weights):
-        return Tokenizer(find_file(VOCABULARY, config.weights), config.vocab_size)
-    return Tokenizer(None, config.vocab_size)
+        vocabulary = find_file(VOCABULARY, config.weights)
+    return Tokenizer(vocabulary, config.vocab_size)
 
 
-def are_released(weights: str) -> bool:
+def are_released(weights):
     """Whether --weights names a folder of released files, and not "none" or a .pt file of ours."""
     return weights != "none" and not weights.endswith(".pt")
 
 
-def encoder_keys(model: DCRIS) -> set[str]:
+def encoder_keys(model):
     """State-dict names of both encoders, without what a method added to them."""
     inside = {name for name in model.state_dict() if name.startswith(("vision.", "text."))}
     return inside - adapter_keys(model)
@@ -114,30 +109,25 @@ def save_checkpoint(
     The frozen encoders are left out where they are released files, which everyone can fetch. The
     file is never half written: a kill or a full disk leaves the old one as it was.
     """
-    left_out = set()
+    state = dict(model.state_dict())  # parameters, and the running averages of BatchNorm
     if not model.keeps_encoders:
-        left_out = encoder_keys(model)
-    state = model.state_dict()  # parameters, and the running averages of BatchNorm
+        for name in encoder_keys(model):
+            del state[name]
 
     saved = {
         "format": FORMAT,
         "config": vars(model.config),
-        "model": {name: state[name] for name in state if name not in left_out},
-        "optimizer": None,
+        "model": state,
+        "optimizer": optimizer.state_dict() if optimizer else None,
         "step": step,  # steps done
         "best": best,  # the best mIoU on val so far
         "validated": validated,  # the step of the last score on val
     }
-    if optimizer is not None:
-        saved["optimizer"] = optimizer.state_dict()
-
-    def write(file) -> None:
+    with write_whole(path) as file:
         torch.save(saved, file)
 
-    write_whole(path, write)
 
-
-def read_checkpoint(path_or_name: str | Path) -> dict:
+def read_checkpoint(path_or_name):
     """What save_checkpoint wrote, on the CPU and checked, with the file's "path" added.
 
     The authors' file, or the name of one of their releases, comes in the same form. Raises
@@ -161,21 +151,21 @@ def read_checkpoint(path_or_name: str | Path) -> dict:
 FIELDS = {  # of a checkpoint, and their types
     "config": dict,
     "model": dict,
-    "optimizer": (dict, type(None)),
+    "optimizer": dict | None,
     "step": int,
-    "best": (int, float),
+    "best": float | int,
     "validated": int,
 }
 
 
-def check_fields(saved: dict, path: str | Path) -> None:
+def check_fields(saved, path):
     """Raise ValueError unless checkpoint and config hold what save_checkpoint puts there."""
     for name, kind in FIELDS.items():
         value = saved.get(name)
         if not isinstance(value, kind):
             raise ValueError(f"{path} is damaged: its {name} is {str(value)[:80]!r}")
 
-    types = {field.name: field.type for field in fields(Config)}
+    types = Config.__annotations__
     for name, value in saved["config"].items():
         if name not in types:
             raise ValueError(f"{path} is of another version: Config has no {name}")
@@ -187,44 +177,26 @@ def check_fields(saved: dict, path: str | Path) -> None:
         raise ValueError(f"{path}: its config is impossible: {why}") from None
 
 
-def has_type(value, kind: type) -> bool:
-    if kind is float:
-        return type(value) in (int, float)
-    if kind is tuple:  # of block numbers or epochs
-        return type(value) in (list, tuple) and all(type(number) is int for number in value)
-    return type(value) is kind
+def has_type(value, kind):
+    """Whether a setting has its type; whole numbers are good enough for float.
 
-
-@torch.no_grad()
-def merge_lora(model: DCRIS) -> None:
-    """Write every LoRA into the weights it changes: the same outputs from a model without any.
-
-    The encoders are then no longer the released ones, so checkpoints hold them (method "full").
+    A tuple holds numbers of blocks or epochs.
     """
-    for module in model.modules():
-        if isinstance(module, (Attention, VisionAttention)):
-            vision = isinstance(module, VisionAttention)
-            weight = module.qkv.weight if vision else module.in_proj_weight
-            weight.copy_(module.lora(weight))
-            module.lora = nn.Identity()
-
-    model.config = replace(model.config, method="full", visual_layers=(), text_layers=())
-    model.keeps_encoders = True
+    if kind is tuple and type(value) is tuple:
+        return all(type(number) is int for number in value)
+    return type(value) is kind or (kind is float and type(value) is int)
 
 
-def save_image(image, path: str | Path) -> None:
+def save_image(image, path):
     """A Pillow image, as PNG whatever the path's ending; never half written."""
-
-    def write(file) -> None:
+    with write_whole(path) as file:
         image.save(file, "PNG")
-
-    write_whole(path, write)
 
 
 # ---- encoders from files ----
 
 
-def load_encoders(model: DCRIS) -> None:
+def load_encoders(model):
     """Load both encoders from what model.config.weights names; with "none" they stay at random.
 
     Sets model.keeps_encoders: whether the model's checkpoints hold the encoders. They need not
@@ -232,15 +204,12 @@ def load_encoders(model: DCRIS) -> None:
     """
     weights = model.config.weights
     model.keeps_encoders = not are_released(weights) or model.config.method == "full"
-    if weights == "none":
-        return
     if weights.endswith(".pt"):
         load_own_encoders(model, weights)
-        return
-
-    size = {384: "s", 1024: "l"}.get(model.config.vision_width, "b")
-    load_dinov2(model.vision, find_file(f"dinov2_vit{size}14_reg4_pretrain.pth", weights))
-    load_clip_text(model.text, find_file("ViT-B-16.pt", weights))
+    elif weights != "none":
+        size = {384: "s", 1024: "l"}.get(model.config.vision_width, "b")
+        load_dinov2(model.vision, find_file(f"dinov2_vit{size}14_reg4_pretrain.pth", weights))
+        load_clip_text(model.text, find_file("ViT-B-16.pt", weights))
 
 
 def load_dinov2(vision: nn.Module, path: str | Path) -> None:
@@ -263,7 +232,7 @@ def load_clip_text(text: nn.Module, path: str | Path) -> None:
     load_checked(text, text_half, new=adapter_keys(text), source=path)
 
 
-def load_own_encoders(model: DCRIS, path: str) -> None:
+def load_own_encoders(model, path):
     """The encoders of another model of ours, without what its method added to them."""
     other = load_model(path)
     if are_released(other.config.weights):  # then its text encoder reads CLIP's ids
@@ -271,16 +240,11 @@ def load_own_encoders(model: DCRIS, path: str) -> None:
     state = other.state_dict()
     for name in state.keys() - encoder_keys(other):
         del state[name]
-    encoders = nn.ModuleDict({"vision": model.vision, "text": model.text})
-    load_checked(encoders, state, new=adapter_keys(encoders), source=path)
+    not_there = model.state_dict().keys() - encoder_keys(model)
+    load_checked(model, state, new=not_there, source=path)
 
 
-def load_checked(
-    module: nn.Module,
-    state: dict,
-    new: Set[str] = frozenset(),
-    source: str | Path = "the state",
-) -> None:
+def load_checked(module, state, new=frozenset(), source="the state"):
     """Load a state dict after checking every name, shape and number in it.
 
     new: names that the file may leave out, since another source gives them. source: the file, for
@@ -294,7 +258,7 @@ def load_checked(
             faults.append(f"{name} not ours")
         elif shape_of(value) != shape_of(ours[name]):
             faults.append(f"{name} {shape_of(value)} instead of {shape_of(ours[name])}")
-        elif not is_finite(value):
+        elif not value.sum(dtype=torch.float64).isfinite():  # one NaN or infinity makes it so
             faults.append(f"{name} not finite")
     if faults:
         more = f" and {len(faults) - 5} more" if len(faults) > 5 else ""
@@ -302,15 +266,11 @@ def load_checked(
     module.load_state_dict(state, strict=False)
 
 
-def shape_of(value) -> tuple[int, ...] | str:
+def shape_of(value):
+    """Of a tensor its shape; of anything else, for a message, its type."""
     if isinstance(value, Tensor):
         return tuple(value.shape)
     return type(value).__name__
-
-
-def is_finite(tensor: Tensor) -> bool:
-    """No NaN and no infinity. The extremes show both, 25 times as fast as torch.isfinite of all."""
-    return tensor.numel() == 0 or all(math.isfinite(extreme) for extreme in tensor.aminmax())
 
 
 # ---- the authors' checkpoints (DETRIS) ----
@@ -322,7 +282,7 @@ def load_detris(model: DCRIS, path: str | Path) -> None:
     model.keeps_encoders = True
 
 
-def read_detris(state: dict[str, Tensor], path: str | Path) -> dict:
+def read_detris(state, path):
     """The state dict of an authors' checkpoint in the form of our checkpoints."""
     try:
         ours = from_detris(state)
@@ -332,11 +292,14 @@ def read_detris(state: dict[str, Tensor], path: str | Path) -> dict:
             f"{path} is no checkpoint of the authors: its state_dict is foreign"
         ) from None
     config["text_length"] = 22 if "refcocog_u" in str(path) else 17  # as they trained
-    rest = {"optimizer": None, "step": 0, "best": 0.0, "validated": 0}
-    return {"format": FORMAT, "config": config, "model": ours, **rest}
+    saved = {"format": FORMAT, "config": config, "model": ours}
+    return saved | {"optimizer": None, "step": 0, "best": 0.0, "validated": 0}
 
 
-def from_detris(state: dict[str, Tensor]) -> dict[str, Tensor]:
+NUMBER = r"(?<=blocks\.|layers\.)\d+"  # of a block or layer, in a layer's name
+
+
+def from_detris(state):
     """The authors' state dict under our names.
 
     A name that DETRIS lacks stays as it is, and load_checked refuses it.
@@ -344,12 +307,10 @@ def from_detris(state: dict[str, Tensor]) -> dict[str, Tensor]:
     ours = {}
     for theirs, value in state.items():
         layer, _, last = theirs.removeprefix("module.").rpartition(".")
-        number = re.search(r"(?<=blocks\.)\d+|(?<=layers\.)\d+", layer)
-        if number is None:
-            name = DETRIS.get(layer, layer)
-        else:
-            pattern = layer[: number.start()] + "{}" + layer[number.end() :]
-            name = DETRIS.get(pattern, layer).replace("{}", number[0])
+        pattern = re.sub(NUMBER, "{}", layer)
+        name = DETRIS.get(pattern, pattern)
+        for number in re.findall(NUMBER, layer):  # none or one
+            name = name.replace("{}", number)
         ours[f"{name}.{last}"] = value
 
     turned = "neck.levels.2.conv.weight"
@@ -358,32 +319,40 @@ def from_detris(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return ours
 
 
-def detris_config(state: dict[str, Tensor]) -> dict:
+def detris_config(state):
     """The configuration of an authors' checkpoint, read off its names and shapes (in our names).
 
     Text encoder and head have the same size in all of them.
     """
     width = len(state["vision.norm.bias"])
-    depth = len(block_numbers(state, r"vision\.blocks\.(\d+)\."))
-    visual_layers = block_numbers(state, r"vision\.blocks\.(\d+)\.adapter\.")
-    text_layers = block_numbers(state, r"text\.transformer\.resblocks\.(\d+)\.adapter\.")
-    first = f"vision.blocks.{visual_layers[0]}.adapter.down.bias"
-    text_first = f"text.transformer.resblocks.{text_layers[0]}.adapter.down.bias"
-    return PRESETS["detris_b"] | {
+    depth = len(sizes_in_blocks(state, "vision.blocks.{}.norm1.bias"))
+    size = {
         "vision_width": width,
         "vision_depth": depth,
         "vision_heads": width // 64,
         "taps": (depth // 3, 2 * depth // 3),
-        "visual_layers": visual_layers,
-        "visual_rank": len(state[first]),
-        "text_layers": text_layers,
-        "text_rank": len(state[text_first]),
     }
+    visual_ranks = sizes_in_blocks(state, "vision.blocks.{}.adapter.down.bias")
+    text_ranks = sizes_in_blocks(state, "text.transformer.resblocks.{}.adapter.down.bias")
+    visual_layers = tuple(visual_ranks)
+    text_layers = tuple(text_ranks)
+    adapters = {
+        "visual_layers": visual_layers,
+        "visual_rank": visual_ranks[visual_layers[0]],  # the same in all blocks
+        "text_layers": text_layers,
+        "text_rank": text_ranks[text_layers[0]],
+    }
+    return PRESETS["detris_b"] | size | adapters
 
 
-def block_numbers(state: dict[str, Tensor], pattern: str) -> tuple[int, ...]:
-    found = [re.match(pattern, name) for name in state]
-    return tuple(sorted({int(match[1]) for match in found if match}))
+def sizes_in_blocks(state, name):
+    """Number of a block -> length of the vector of that name, for all blocks that have one."""
+    sizes = {}
+    for number in range(100):
+        vector = state.get(name.format(number))
+        if vector is not None:
+            sizes[number] = len(vector)
+    return sizes
 
 
 # The authors' name of a layer -> ours; {} is the number of a block or layer. What a name ends with
@@ -523,7 +492,7 @@ DETRIS = {
 # ---- files that nobody vouches for ----
 
 
-def read_tensors(path: str | Path) -> dict:
+def read_tensors(path):
     """The dict that torch.save or torch.jit.save wrote; nothing in the file is run.
 
     torch's weights-only reader makes tensors and plain values and refuses all else. But it trusts
@@ -540,7 +509,7 @@ def read_tensors(path: str | Path) -> dict:
         with zipfile.ZipFile(path) as archive:
             members = archive.infolist()
             data = [m for m in members if not re.search(r"/code/|/constants\.pkl$", m.filename)]
-            if any(m.compress_type for m in data):
+            if any(member.compress_type for member in data):
                 raise ValueError("it is compressed, which torch never does")
             if len(data) < len(members):  # torch.jit.save wrote it
                 return read_torchscript(archive, data)
@@ -549,26 +518,23 @@ def read_tensors(path: str | Path) -> dict:
                 raise ValueError(f"the checksum of {broken} is wrong")
         return dict(torch.load(path, map_location="cpu", weights_only=True))
     except Exception as why:  # whatever a damaged or foreign file brings up
-        raise ValueError(f"{path} is damaged or no file of tensors: {reason(why)}") from None
+        # of torch's long message, the line that says what is wrong
+        message = re.split(r"WeightsUnpickler error:|trusted source.", str(why))[-1]
+        reason = message.strip().partition("\n")[0]
+        raise ValueError(f"{path} is damaged or no file of tensors: {reason}") from None
 
 
-def reason(why: Exception) -> str:
-    """The one line of torch's long message that says what is wrong."""
-    last = re.split(r"WeightsUnpickler error:|trusted source.", str(why))[-1]
-    return last.strip().partition("\n")[0]
-
-
-def read_torchscript(archive: zipfile.ZipFile, data: list[zipfile.ZipInfo]) -> dict:
-    """The tensors of a TorchScript archive such as CLIP's, by dotted name.
+def read_torchscript(archive, data):
+    """The tensors of a TorchScript archive such as CLIP's, by dotted name. data: its members.
 
     torch.jit.load would compile the code in the archive. So we copy its data without the code,
     which also compares the checksums, and read the copy with the weights-only reader. The copy
     still asks for the classes of its modules: Record stands in for each.
     """
     copy = io.BytesIO()
-    with zipfile.ZipFile(copy, "w") as plain:
+    with zipfile.ZipFile(copy, "w") as without_code:
         for member in data:
-            plain.writestr(member.filename, archive.read(member))
+            without_code.writestr(member.filename, archive.read(member))
     copy.seek(0)
     wanted = torch.serialization.get_unsafe_globals_in_checkpoint(copy)
     copy.seek(0)
@@ -724,7 +690,7 @@ NEEDS = {  # what a person asks for -> its files
 }
 
 
-def find_file(name: str, root: str | Path) -> Path:
+def find_file(name, root):
     """Where a file of the table is. FileNotFoundError says what to run if it is missing or cut."""
     path = Path(root, name)
     fault = find_fault(path, FILES[name].bytes)
@@ -734,25 +700,28 @@ def find_file(name: str, root: str | Path) -> Path:
     return path
 
 
-def find_fault(path: str | Path, size: int | None, digest: str = "") -> str:
+def find_fault(path, size, digest=""):
     """What is wrong with a file: missing, of another size, or, if one is given, another digest.
 
-    Returns "" if nothing is. Only a digest makes it read the file.
+    size: its bytes, or None if they are not known. Returns "" if nothing is wrong. Only a digest
+    makes it read the file.
     """
     if not os.path.isfile(path):
         return "missing"
     found = os.path.getsize(path)
-    if size is not None and found != size:
+    if size not in (None, found):
         return f"damaged: {found} bytes instead of {size}"
-    if not digest:
-        return ""
-
-    kind = "md5" if len(digest) == 32 else "sha256"
-    with open(path, "rb") as file:
-        computed = hashlib.file_digest(file, kind).hexdigest()
-    if computed != digest:
-        return f"damaged: hash {computed} instead of {digest}"
+    if digest:
+        computed = digest_of(path, "md5" if len(digest) == 32 else "sha256")
+        if computed != digest:
+            return f"damaged: hash {computed} instead of {digest}"
     return ""
+
+
+def digest_of(path, kind="sha256"):
+    """The file's digest, in hexadecimal digits."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, kind).hexdigest()
 
 
 # ---- downloads ----
@@ -762,7 +731,7 @@ TRIES = 6  # tries in a row that bring nothing new
 PAUSE = 1.0  # seconds before the next try; doubled with each vain one, a minute at most
 
 
-def fetch_release(name_or_path: str | Path) -> str | Path:
+def fetch_release(name_or_path):
     """The file of a release that is given by its name, fetched if need be; a path as it is."""
     if name_or_path not in RELEASES:
         return name_or_path
@@ -805,10 +774,10 @@ def download(name: str, root: str | Path = "weights") -> Path:
     return download(name, root)  # another process fetched it: verify it as any other file
 
 
-def fetch(file: File, path: Path, part: Path) -> None:
+def fetch(file, path, part):
     """Complete the part and give it its name, by the rule in download's docstring."""
     places = list(file.urls)
-    failures = {}
+    answers = {}  # of each place the last one
     vain = 0
     most = 0  # bytes that were there at best
     while places and vain < TRIES:
@@ -818,27 +787,29 @@ def fetch(file: File, path: Path, part: Path) -> None:
             os.replace(part, path)
             return
         except (requests.RequestException, ValueError) as why:
-            failures[url] = f"  {url}: {str(why)[:150]}"
+            answers[url] = f"  {url}: {str(why)[:150]}"
+            print(answers[url], file=sys.stderr)
             if not isinstance(why, ValueError):
                 places.append(url)
-        print(failures[url], file=sys.stderr)
 
+        vain += 1
         have = part.stat().st_size
-        vain = 0 if have > most else vain + 1
-        most = max(have, most)
+        if have > most:
+            vain = 0
+            most = have
         if places:
             time.sleep(min(60, PAUSE * 2**vain))
 
     if part.stat().st_size == 0:
         part.unlink()
-    answers = "\n".join(failures.values())
+    told = "\n".join(answers.values())
     raise OSError(
-        f"{path} could not be fetched:\n{answers}\nOpen {file.urls[0]} elsewhere, save it as "
+        f"{path} could not be fetched:\n{told}\nOpen {file.urls[0]} elsewhere, save it as "
         f"{path}, and run this again: it checks the hash, {file.digest}"
     )
 
 
-def fetch_from(url: str, file: File, part: Path) -> None:
+def fetch_from(url, file, part):
     """Complete the part from one place and verify it.
 
     Raises ValueError if the place lacks the file, RequestException if a second try may help.
@@ -853,22 +824,22 @@ def fetch_from(url: str, file: File, part: Path) -> None:
         raise ValueError(fault)
 
 
-def append_rest(url: str, part: Path, size: int | None) -> None:
+def append_rest(url, part, size):
     """Append to the part what it lacks of the file at url. Errors as fetch_from."""
     have = part.stat().st_size
     headers = {"Range": f"bytes={have}-", "Accept-Encoding": "identity"}  # packed, it has no rest
     with requests.get(url, headers=headers, stream=True, timeout=TIMEOUT) as reply:
         if reply.status_code == 416:  # there is nothing beyond what we have: the digest will judge
             return
-        start, total = read_headers(reply, have, size)
-        if total - start > shutil.disk_usage(part.parent).free:
-            raise OSError(f"{part}: {total - start:,} bytes are to come, the disk has less free")
+        done = have if reply.status_code == 206 else 0  # 200: the server begins anew
+        total = read_total(reply, done, size)
+        if total - done > shutil.disk_usage(part.parent).free:
+            raise OSError(f"{part}: {total - done:,} bytes are to come, the disk has less free")
 
         with open(part, "ab") as file:
-            file.truncate(start)  # to nothing, where the server begins anew
-            done = start
+            file.truncate(done)
             pieces = reply.iter_content(1 << 16)
-            for piece in progress(pieces, total, f"bytes of {part.stem}", start, size=len):
+            for piece in progress(pieces, total, f"bytes of {part.stem}", done, size=len):
                 done += file.write(piece[: total - done])
                 if done == total:
                     file.flush()
@@ -877,54 +848,48 @@ def append_rest(url: str, part: Path, size: int | None) -> None:
     raise requests.ConnectionError(f"closed after {done} of {total} bytes")
 
 
-def read_headers(reply: requests.Response, have: int, size: int | None) -> tuple[int, int]:
-    """From which byte on the reply sends the file, and the bytes of the whole file."""
+def read_total(reply, done, size):
+    """How many bytes the whole file has, by the reply, which sends all but the first `done`.
+
+    Whether these are the right bytes is left to the digest. Errors as fetch_from.
+    """
     status = reply.status_code
     kind = reply.headers.get("Content-Type", "")
-    if status == 206:  # the rest that we asked for
-        start = have
-        span = reply.headers.get("Content-Range", "")
-    else:
-        start = 0
-        span = f"bytes 0-/{reply.headers.get('Content-Length', size)}"
+    length = reply.headers.get("Content-Length", "")
+    total = size
+    if length.isdecimal():
+        total = done + int(length)
 
-    answer = f"answers {status} {kind}, {span}; expected {size or 'all'} bytes from {have}"
+    answer = f"answers {status} {kind}, {total} bytes; expected {size or 'all'} bytes from {done}"
     if status == 429 or status >= 500:
         raise requests.HTTPError(answer)
-    found = re.fullmatch(rf"bytes {start}-\d*/(\d+)", span)
-    if found is None or status not in (200, 206) or "text/html" in kind:
+    if status not in (200, 206) or "text/html" in kind:
         raise ValueError(answer)
-    total = int(found[1])
-    if size not in (None, total):
+    if total is None or size not in (None, total):
         raise ValueError(answer)
-    return start, total
+    return total
 
 
-def unpack(path: Path) -> None:
+def unpack(path):
     """data/refcoco.zip -> data/refcoco/refs(...).p and instances.json, and nothing else."""
     try:
         with lock(path, "rb"), zipfile.ZipFile(path) as archive:
             for member in archive.infolist():
-                unpack_member(archive, member, path.with_suffix(""))
+                # the last part of its name only, so that it cannot leave the folder
+                name = member.filename.rpartition("/")[2]
+                is_needed = re.fullmatch(r"refs\(\w+\)\.p|instances\.json", name)
+                if is_needed and member.file_size < 1 << 30:
+                    unpack_member(archive, member, path.with_suffix("") / name)
     except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, ValueError) as why:
         raise ValueError(f"{path} cannot be unpacked: {why}") from why
 
 
-def unpack_member(archive: zipfile.ZipFile, member: zipfile.ZipInfo, folder: Path) -> None:
-    """Write a member that we need into the folder, whole or not at all, unless it is there."""
-    found = re.fullmatch(r"(?:.*/)?(refs\(\w+\)\.p|instances\.json)", member.filename)
-    if found is None or member.file_size >= 1 << 30:
-        return
-    target = folder / found[1]  # the last part of its name only, so it cannot leave the folder
-    if not find_fault(target, member.file_size):
-        return
-
-    with archive.open(member) as packed:  # ends at file_size and compares the checksum
-
-        def write(file) -> None:
+def unpack_member(archive, member, target):
+    """Write the member to the target, whole or not at all, unless it is there."""
+    if find_fault(target, member.file_size):
+        # reading ends at file_size and compares the checksum
+        with archive.open(member) as packed, write_whole(target) as file:
             shutil.copyfileobj(packed, file)
-
-        write_whole(target, write)
 
 
 # ---- command line ----
@@ -944,35 +909,34 @@ def main(argv: list[str] | None = None) -> None:
     if unknown:
         parser.error(f"no {' '.join(unknown)}; there are {names}")
     if not args.names:
-        list_files(args.weights, args.data_root)
-        return
+        list_files(args)
     try:
         for wanted in args.names:
-            fetch_all(NEEDS[wanted], args.weights, args.data_root)
+            fetch_all(NEEDS[wanted], args)
     except KeyboardInterrupt:
         sys.exit("weights.py: stopped; what came is kept, the same command goes on from there")
 
 
-def list_files(weights: str, data_root: str) -> None:
+def list_files(args):
     """A line for each file. Those that are there are read through, to compare their digests."""
     for name, file in FILES.items():
-        path = Path(folder_of(name, weights, data_root), name)
+        path = Path(folder_of(name, args), name)
         state = find_fault(path, file.bytes, file.digest) or "present"
         if state == "missing" and path.with_suffix("").is_dir():
             state = "unpacked"
-        print(f"{file.bytes or '?':>11}  {file.licence:<14}  {path}: {state}", flush=True)
+        print(f"{file.bytes or '?':>11}  {file.licence:<14}  {path}: {state}")
 
 
-def fetch_all(names: tuple[str, ...], weights: str, data_root: str) -> None:
+def fetch_all(names, args):
     for name in names:
-        path = download(name, folder_of(name, weights, data_root))
+        path = download(name, folder_of(name, args))
         print(path)
         if name.startswith("refcoco"):  # train2014.zip is read as it is
             unpack(path)
 
 
-def folder_of(name: str, weights: str, data_root: str) -> str:
-    return data_root if name.endswith(".zip") else weights
+def folder_of(name, args):
+    return args.data_root if name.endswith(".zip") else args.weights
 
 
 if __name__ == "__main__":
