@@ -2,16 +2,21 @@
 
     python test_all.py               every test
     python test_all.py word ...      the tests with every word in their name
+    python test_all.py kill --kills 100     tests with "kill" in their name, with so many kills
+    python test_all.py fuzz --cases 5000    odd and broken input of every kind, counted
+    python test_all.py soak --minutes 60    training, scoring and segmenting in turns, measured
 
 pytest collects the same functions. Tests that compare with files of the folder `shared` beside the
 project are skipped where it is missing.
 """
 
+import argparse
 import contextlib
 import copy
 import functools
 import gzip
 import hashlib
+import html
 import http.server
 import io
 import itertools
@@ -22,6 +27,7 @@ import os
 import pickle
 import random
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -30,17 +36,20 @@ import tempfile
 import threading
 import time
 import traceback
+import unicodedata
 import unittest
 import warnings
 import zipfile
+import zlib
 from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import fields
 from pathlib import Path
 from unittest.mock import DEFAULT, Mock, patch
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils._pytree import tree_leaves
@@ -62,6 +71,7 @@ from adapters import (
     glorot_uniform,
 )
 from data import (
+    PLAIN_LETTERS,
     COLOURS,
     FORMS,
     GRAMMARS,
@@ -149,6 +159,7 @@ from train import (
     pretrain,
     pretrain_image_encoder,
     pretrain_text_encoder,
+    resume_point,
     round_up,
     train_row,
     train_step,
@@ -6893,6 +6904,1331 @@ def test_a_loader_that_hangs_ends_the_run():
     assert "timed out" in message
 
 
+# ---- kills at any moment: python test_all.py kill --kills 100 ----
+
+KILLS = 10  # of each kind
+
+
+def was_killed(status: int) -> bool:
+    return os.WIFSIGNALED(status)
+
+
+def kill_until_done(work, seconds: float) -> int:
+    """Start work() in a child and kill it within the seconds, until it once ends by itself, well.
+    The number of kills."""
+    kills = 0
+    while True:
+        status = in_child(work, kill_between=(0, seconds))
+        if not was_killed(status):
+            assert status == 0
+            return kills
+        kills += 1
+        seconds *= 1.1  # on a machine that became busy it would else never end
+
+
+def seconds_of(work) -> float:
+    started = time.monotonic()
+    assert in_child(work) == 0
+    return time.monotonic() - started
+
+
+def test_kills_at_any_moment_of_training_change_nothing():
+    """Before the first save, between two, while one is written, while pictures are drawn: the
+    resumed runs end as one that nothing disturbed, to the last bit, and leave no other file."""
+    flags = small_run(
+        data_root=make_refcoco(), dropout=0.1, epochs=8, batch_size=3, workers=1, save_minutes=0
+    )
+    whole = new_folder()
+    seconds = seconds_of(lambda: train_here([*flags, "--out", str(whole)]))
+
+    kills = 0
+    while kills < KILLS:
+        part = new_folder()
+        kills += kill_until_done(lambda: train_here(resumed(flags, part)), 1.2 * seconds)  # noqa: B023
+        assert_equal_runs(whole, part)
+        assert names_in(part) == names_in(whole)
+
+
+def test_kills_at_any_moment_of_two_processes_change_nothing():
+    """As above, where each kill takes both processes or only one of them, which the other must
+    not wait for."""
+    flags, whole = two_process_run()
+    part = new_folder()
+    seconds = seconds_of(lambda: run_processes(2, [*flags, "--out", str(part)]))
+    rng = random.Random(0)
+
+    kills = 0
+    part = new_folder()
+    while kills < KILLS or names_in(part) != names_in(whole):
+        if names_in(part) == names_in(whole):
+            assert_equal_runs(whole, part)
+            part = new_folder()
+        kills += kill_some(lambda: run_processes(2, resumed(flags, part)), rng, seconds)  # noqa: B023
+    assert_equal_runs(whole, part)
+
+
+def kill_some(work, rng: random.Random, seconds: float) -> int:
+    """Start work(), which starts processes of its own, and kill all of them or one at random.
+    1 if something was killed."""
+    job = os.fork()
+    if job == 0:
+        status = 1
+        try:
+            os.setpgid(0, 0)
+            work()
+            status = 0
+        finally:
+            os._exit(status)
+
+    time.sleep(rng.uniform(0, 1.2 * seconds))
+    ended, _ = os.waitpid(job, os.WNOHANG)
+    if ended:
+        return 0
+    victims = Path(f"/proc/{job}/task/{job}/children").read_text().split()
+    if not victims or rng.random() < 0.5:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(job, signal.SIGKILL)
+    else:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(int(rng.choice(victims)), signal.SIGKILL)
+    with time_limit(60):
+        os.waitpid(job, 0)
+    return 1
+
+
+def test_kills_at_any_moment_of_scoring_leave_whole_files():
+    """Reports, rows and panels are there whole or not at all, and the last run leaves only them."""
+    root = make_refcoco()
+    folder = new_folder()
+    names = {"--json": "scores.json", "--per_sentence": "rows.jsonl", "--panels": "panels.png"}
+    flags = ["--checkpoint", str(saved_model()), "--data_root", str(root), "--split", "train"]
+    flags += ["--device", "cpu", "--workers", "1", "--batch_size", "4"]
+
+    def score_into(place: Path) -> None:
+        files = []
+        for flag, name in names.items():
+            files += [flag, str(place / name)]
+        with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
+            evaluate_program([*flags, *files])
+
+    seconds = seconds_of(lambda: score_into(folder))
+    expected = {name: (folder / name).read_bytes() for name in names.values()}
+
+    kills = 0
+    while kills < KILLS:
+        part = new_folder()
+        kills += kill_until_done(lambda: score_into(part), 1.2 * seconds)  # noqa: B023
+        assert {path.name: path.read_bytes() for path in part.iterdir()} == expected
+
+
+# ---- machines that fail ----
+
+
+def limited(limit: int, amount: int):
+    """Runs a function in this process after the machine grants it no more than that."""
+    import resource
+
+    _, most = resource.getrlimit(limit)
+    resource.setrlimit(limit, (amount, most))
+
+
+def message_in_child(work) -> str:
+    """The one line that run_as_program(work) ends with, in a process of its own."""
+    path = new_folder() / "stderr"
+
+    def child() -> None:
+        os.dup2(os.open(path, os.O_CREAT | os.O_WRONLY), 2)
+        sys.stderr = open(2, "w", closefd=False)  # noqa: SIM115 (the process ends soon)
+        try:
+            with redirect_stdout(io.StringIO()):
+                run_as_program(work)
+        except SystemExit as why:
+            print(why.code, file=sys.stderr, flush=True)
+
+    assert in_child(child) == 0
+    return path.read_text()
+
+
+def test_a_disk_that_is_full_keeps_the_last_checkpoint_and_the_run_goes_on():
+    """The system lets a file grow to 100 kB only, and a checkpoint has more: one line says which
+    file, what was there stays, and with space the run goes on as if nothing had been."""
+    import resource
+
+    flags = small_run(data_root=make_refcoco(), dropout=0.1, save_minutes=0, workers=0)
+    whole = new_folder()
+    part = new_folder()
+    train_here([*flags, "--out", str(whole)])
+    assert (whole / "last.pt").stat().st_size > 100_000
+
+    def no_space() -> None:
+        limited(resource.RLIMIT_FSIZE, 100_000)
+        train_program(resumed(flags, part))
+
+    message = message_in_child(no_space)
+    lines = [line for line in message.splitlines() if line]
+    assert len(lines) == 1 and f"{part}/last.pt is as it was" in lines[0], message
+    assert not (part / "last.pt").exists()
+    train_here(resumed(flags, part))
+    assert_equal_runs(whole, part)
+
+
+def test_a_folder_that_cannot_be_written_ends_in_one_line():
+    """The folder of all processes is no place for files, even for root."""
+    out = "/proc/no_such_place"
+    flags = small_run(data_root=make_refcoco(), workers=0)
+
+    trained = message_in_child(lambda: train_program([*flags, "--out", out]))
+    photo = next(make_refcoco().glob("images/*/*.jpg"))
+    asked = ["--checkpoint", str(saved_model()), "--image", str(photo), "--text", "cup"]
+    segmented = message_in_child(lambda: evaluate_program([*asked, "--out", f"{out}/m.png"]))
+
+    for message in (trained, segmented):
+        assert out in message, message
+        assert len(message.strip().splitlines()) <= 2, message
+
+
+def test_too_little_memory_ends_in_one_line_and_advice():
+    """A batch of 100,000 phrases in half a gigabyte more than the process already has."""
+    import resource
+
+    photo = next(make_refcoco().glob("images/*/*.jpg"))
+    texts = ["cup"] * 20_000
+    asked = ["--checkpoint", str(saved_model()), "--image", str(photo), "--out", "/proc/m.png"]
+
+    def too_much() -> None:
+        pages = int(Path("/proc/self/statm").read_text().split()[0])
+        limited(resource.RLIMIT_AS, pages * os.sysconf("SC_PAGE_SIZE") + (1 << 29))
+        evaluate_program([*asked, "--text", *texts])
+
+    message = message_in_child(too_much)
+
+    assert "Traceback" not in message, message
+    assert "allocate" in message, message
+
+
+def test_few_open_files_are_enough():
+    """The usual limit is 1,024 in all; masks on their way from loaders must not cost one each."""
+    import resource
+
+    root = make_refcoco()
+    flags = ["--checkpoint", str(saved_model()), "--data_root", str(root), "--split", "train"]
+    flags += ["--device", "cpu", "--workers", "2", "--batch_size", "100"]
+
+    def few_files() -> None:
+        limited(resource.RLIMIT_NOFILE, 64)
+        evaluate_program(flags)
+
+    assert message_in_child(few_files) == ""
+
+
+def test_a_clock_that_jumps_back_changes_nothing():
+    """Time to save, time left and speed come from a clock that never goes back."""
+    flags = small_run(data_root=make_refcoco(), save_minutes=1)
+    one = new_folder()
+    other = new_folder()
+
+    train_here([*flags, "--out", str(one)])
+    with patch("time.time", side_effect=itertools.count(1e9, -1e6)):
+        train_here([*flags, "--out", str(other)])
+
+    assert_equal_runs(one, other)
+
+
+# ---- soak: python test_all.py soak --minutes 60 ----
+
+
+def own_files() -> int:
+    """Open files of this process."""
+    return len(os.listdir("/proc/self/fd"))
+
+
+def cpu_seconds() -> float:
+    """Of this process and of its children that have ended: other programs do not disturb it."""
+    return sum(os.times()[:4])
+
+
+class Soak:
+    """Training, scoring and segment() in turns in one process, as a program that uses this
+    project for weeks would call them; each round is measured."""
+
+    def __init__(self):
+        self.root = make_refcoco()
+        self.checkpoint = saved_model()
+        self.model = load_model(self.checkpoint)
+        self.photo = next(self.root.glob("images/*/*.jpg"))
+        self.measured = []  # (kilobytes of memory, open files, CPU seconds) of each round
+
+    def round(self) -> None:
+        before = cpu_seconds()
+        out = new_folder()
+        train_here([*small_run(data_root=self.root, workers=1, epochs=2), "--out", str(out)])
+        files = ["--json", str(out / "scores.json"), "--panels", str(out / "panels.png")]
+        flags = ["--checkpoint", str(self.checkpoint), "--data_root", str(self.root)]
+        with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
+            evaluate_program([*flags, *files, "--device", "cpu", "--workers", "1"])
+        for _ in range(20):
+            segment(self.model, self.photo, "grey")
+        shutil.rmtree(out)
+        self.measured.append((own_memory(), own_files(), cpu_seconds() - before))
+
+    def line(self, rounds: list) -> str:
+        memory, files, seconds = np.mean(rounds, axis=0)
+        return f"{len(self.measured):>7}{memory / 2**10:>12.1f}{files:>12.1f}{seconds:>18.3f}"
+
+
+def soak(minutes: float) -> bool:
+    """Rounds for so many minutes, with a line every twelfth. True where memory or files grew by
+    more than 5 % from the second line to the last, or rounds became 20 % slower."""
+    work = Soak()
+    started = time.monotonic()
+    parts = []
+    print(f"{'rounds':>7}{'memory, MiB':>12}{'open files':>12}{'CPU s a round':>18}")
+    while time.monotonic() - started < 60 * minutes:
+        first = len(work.measured)
+        end = started + 60 * minutes * (len(parts) + 1) / 12
+        while time.monotonic() < end:
+            work.round()
+        parts.append(np.mean(work.measured[first:], axis=0))
+        print(work.line(work.measured[first:]), flush=True)
+    growth = parts[-1] / parts[1]
+    print(
+        f"from the second line to the last: memory x{growth[0]:.3f}, files x{growth[1]:.3f}, CPU x{growth[2]:.3f}"
+    )
+    return bool(growth[0] > 1.05 or growth[1] > 1.05 or growth[2] > 1.2)
+
+
+def test_rounds_of_training_scoring_and_segmenting_leave_nothing_open():
+    """Six rounds; `python test_all.py soak --minutes 60` goes on for an hour."""
+    work = Soak()
+
+    for _ in range(6):
+        work.round()
+
+    files = [measured[1] for measured in work.measured]
+    assert files[5] <= files[1], files
+
+
+# ---- fuzz: python test_all.py fuzz --cases 5000 ----
+#
+# Each function below draws one case of a class from a random generator: an input, sound or broken,
+# what the project does with it, and a second reading of the same input that shares no code with
+# the project: Pillow's own, plain loops, or the file before it was damaged.
+
+
+class Case:
+    """One input. act() gives our result, is_right(result) compares it with the second reading.
+
+    names: words of which an error must hold one (the file, the flag). may_refuse: whether one
+    clear line is a right answer; a sound input must be accepted.
+    """
+
+    def __init__(self, act, is_right, names: list, may_refuse: bool):
+        self.act = act
+        self.is_right = is_right
+        self.names = [str(name) for name in names]
+        self.may_refuse = may_refuse
+
+
+class Hung(BaseException):
+    """A case took too long. No `except Exception` on the way swallows this."""
+
+
+CASE_SECONDS = 30
+OUTCOMES = ("right", "refused", "wrong", "unclear", "traceback", "hang")  # the first two are good
+
+
+@contextlib.contextmanager
+def time_limit(seconds: int):
+    def stop(number: int, frame) -> None:
+        raise Hung
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.alarm(seconds)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def outcome_of(case: Case) -> tuple[str, str]:
+    """(one of OUTCOMES, what was said or went wrong)."""
+    printed = io.StringIO()
+    try:
+        with time_limit(CASE_SECONDS), redirect_stdout(io.StringIO()), redirect_stderr(printed):
+            result = case.act()
+            right = case.is_right(result)
+    except Hung as why:
+        return "hang", where_it_ended(why)
+    except SystemExit as why:  # argparse prints its error, our programs exit with theirs
+        message = printed.getvalue().strip().split("\n")[-1] if why.code == 2 else str(why.code)
+    except (ValueError, OSError, MemoryError) as why:
+        message = str(why)
+    except Exception as why:
+        return "traceback", where_it_ended(why)
+    else:
+        return ("right", "") if right else ("wrong", "the result is not the second reading's")
+
+    if not case.may_refuse:
+        return "wrong", f"sound input is refused: {message}"
+    is_named = any(name in message for name in case.names)
+    if "\n" in message or not is_named:
+        return "unclear", message
+    return "refused", message
+
+
+def where_it_ended(why: BaseException) -> str:
+    """The error, and the lines of this project that led there."""
+    frames = traceback.extract_tb(why.__traceback__)
+    ours = [
+        f"{Path(f.filename).name}:{f.lineno}" for f in frames if PROJECT in Path(f.filename).parents
+    ]
+    return f"{type(why).__name__} {str(why)[:300]} at {' '.join(ours)}"
+
+
+def damage(rng: random.Random, content: bytes) -> bytes:
+    """The bytes of a file after one mishap of a disk, a network or a person."""
+    data = bytearray(content)
+    place = rng.randrange(len(data) + 1)
+    length = rng.choice([1, 2, 8, 64, 1024])
+    way = rng.choice(["flip", "zero", "cut", "lose", "repeat", "noise", "grow", "nothing left"])
+    if way == "flip":
+        for _ in range(rng.randint(1, 8)):
+            data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
+    elif way == "zero":
+        end = min(len(data), place + length)
+        data[place:end] = bytes(end - place)
+    elif way == "cut":
+        del data[place:]
+    elif way == "lose":
+        del data[place : place + length]
+    elif way == "repeat":
+        data[place:place] = data[place : place + length]
+    elif way == "noise":
+        data[place : place + length] = rng.randbytes(length)
+    elif way == "grow":
+        data += rng.randbytes(length)
+    else:
+        data = bytearray()
+    return bytes(data)
+
+
+ODD_VALUES = [
+    *(None, True, False, 0, 1, -1, 7, 480.0, 0.5, -0.0, 1e308, 2**40, -(2**70)),
+    *(math.nan, math.inf, -math.inf),
+    *("", " ", "x", "0", "1e3", "\ud800", "\0", "../../x", "/", "train", "a" * 5000),
+    *([], [1], [[]], [None], {}, {"a": 1}, [[1, 2, 3, 4, 5, 6]]),
+]
+
+
+def change_tree(rng: random.Random, tree) -> None:
+    """Replace, remove or repeat one value somewhere in nested lists and dicts."""
+    places = []
+    waiting = [tree]
+    while waiting:
+        node = waiting.pop()
+        keys = list(node) if isinstance(node, dict) else range(len(node))
+        for key in keys:
+            places.append((node, key))
+            if isinstance(node[key], (dict, list)):
+                waiting.append(node[key])
+    if not places:
+        return
+
+    node, key = rng.choice(places)
+    way = rng.choice(["replace", "replace", "replace", "remove", "repeat", "rename"])
+    if way == "replace":
+        node[key] = copy.deepcopy(rng.choice(ODD_VALUES))
+    elif way == "remove":
+        del node[key]
+    elif way == "repeat" and isinstance(node, list):
+        node.append(copy.deepcopy(node[key]))
+    elif isinstance(node, dict):
+        node[str(key) + "s"] = node.pop(key)
+
+
+# photos
+
+PHOTO_MODES = {  # the modes that Pillow can write in a format
+    "PNG": ("1", "L", "LA", "P", "RGB", "RGBA", "I;16"),
+    "JPEG": ("L", "RGB", "CMYK"),
+    "WEBP": ("RGB", "RGBA"),
+    "TIFF": ("1", "L", "RGB", "RGBA", "CMYK", "I;16", "F"),
+    "BMP": ("1", "L", "P", "RGB"),
+    "GIF": ("L", "P", "RGB"),
+    "PPM": ("1", "L", "RGB"),
+}
+
+
+def fuzz_photos(rng: random.Random) -> Case:
+    """Any format, mode, size and orientation, half of them damaged; Pillow reads them again."""
+    kind = rng.choice(list(PHOTO_MODES))
+    mode = rng.choice(PHOTO_MODES[kind])
+    image = random_image(rng, mode)
+    options = {}
+    if kind in ("PNG", "JPEG", "WEBP", "TIFF") and rng.random() < 0.5:
+        exif = Image.Exif()
+        exif[274] = rng.choice([1, 2, 3, 4, 5, 6, 7, 8, 0, 9, 255])
+        options["exif"] = exif
+    if mode == "P" and kind in ("PNG", "GIF") and rng.random() < 0.5:
+        options["transparency"] = rng.randrange(256)
+    path = new_folder() / rng.choice(
+        ["photo.jpg", "photo.png", "photo", "ph oto.TIFF", "фото.webp"]
+    )
+    image.save(path, kind, **options)
+    is_damaged = rng.random() < 0.5
+    if is_damaged:
+        path.write_bytes(damage(rng, path.read_bytes()))
+    before = path.read_bytes()
+
+    def is_right(photo: Image.Image) -> bool:
+        readings = pillows_readings(path)
+        same = any(are_alike(photo, reading, mode) for reading in readings)
+        return same and path.read_bytes() == before
+
+    return Case(lambda: open_image(path), is_right, [path], may_refuse=is_damaged)
+
+
+def random_image(rng: random.Random, mode: str) -> Image.Image:
+    height = rng.choice([1, 2, 7, 30, 61])
+    width = rng.choice([1, 3, 8, 40, 59])
+    values = np.random.default_rng(rng.getrandbits(32))
+    if mode == "I;16":
+        return Image.fromarray(values.integers(0, 65536, (height, width)).astype(np.uint16))
+    if mode == "F":
+        return Image.fromarray(values.uniform(0, 1, (height, width)).astype(np.float32))
+    rgba = Image.fromarray(values.integers(0, 256, (height, width, 4)).astype(np.uint8))
+    return rgba if mode == "RGBA" else rgba.convert("RGB").convert(mode)
+
+
+def pillows_readings(path: Path) -> list[Image.Image]:
+    """The photo as Pillow alone reads it; none where it cannot. Where its EXIF is too broken for
+    exif_transpose, any way up counts: viewers differ there too."""
+    try:
+        with Image.open(path) as file:
+            image = file.copy()
+            exif = file.getexif()
+        try:
+            upright = [ImageOps.exif_transpose(image)]
+        except Exception:
+            ways = [exif.get(274)] if exif.get(274) in range(2, 9) else []
+            upright = [image, *[image.transpose(way) for way in Image.Transpose if ways]]
+    except Exception:
+        return []
+    return upright
+
+
+def are_alike(photo: Image.Image, reading: Image.Image, mode: str) -> bool:
+    """Whether our RGB photo shows what Pillow's reading does, on white."""
+    if photo.mode != "RGB" or photo.size != reading.size:
+        return False
+    if reading.mode.startswith(("I", "F")):
+        values = np.nan_to_num(np.asarray(reading, np.float64))
+        white = 65535 if mode == "I;16" else 1
+        if reading.mode == "F" and values.max() > 1 or values.max() > 65535:
+            return True  # damaged numbers: which of them is white is a matter of taste
+        grey = np.clip(values / white * 255, 0, 255)
+        return bool(np.abs(np.asarray(photo)[..., 0] - grey).max() <= 0.51)
+    expected = reading
+    if reading.has_transparency_data:
+        expected = Image.new("RGBA", reading.size, "white")
+        expected.alpha_composite(reading.convert("RGBA"))
+    return np.array_equal(photo, expected.convert("RGB"))
+
+
+# masks
+
+MASK_WAYS = ("grey", "bits", "deep", "colour", "clear", "palette", "clear palette")
+
+
+def fuzz_masks(rng: random.Random) -> Case:
+    """Pictures in every mode with a known mask in them, half of them damaged."""
+    values = np.random.default_rng(rng.getrandbits(32))
+    truth = values.random((rng.choice([1, 5, 30]), rng.choice([1, 6, 40]))) < rng.random()
+    way = rng.choice(MASK_WAYS)
+    image, options = paint_mask(rng, values, truth, way)
+    path = new_folder() / "mask.png"
+    image.save(path, rng.choice(["PNG", "TIFF"]) if not options else "PNG", **options)
+    is_damaged = rng.random() < 0.5
+    if is_damaged:
+        path.write_bytes(damage(rng, path.read_bytes()))
+
+    def is_right(mask: np.ndarray) -> bool:
+        expected = plain_mask(path) if is_damaged else truth
+        return mask.dtype == bool and np.array_equal(mask, expected)
+
+    height, width = truth.shape
+    return Case(lambda: read_mask(str(path), height, width), is_right, [path], is_damaged)
+
+
+def paint_mask(rng: random.Random, values, truth: np.ndarray, way: str) -> tuple[Image.Image, dict]:
+    """A picture that shows the mask in one of MASK_WAYS, and how Pillow must save it."""
+    shape = truth.shape
+    if way == "grey":
+        return Image.fromarray(
+            np.where(truth, values.integers(1, 256, shape), 0).astype(np.uint8)
+        ), {}
+    if way == "bits":
+        return Image.fromarray(truth), {}
+    if way == "deep":
+        return Image.fromarray(
+            np.where(truth, values.integers(1, 65536, shape), 0).astype(np.uint16)
+        ), {}
+    if way in ("colour", "clear"):
+        colours = values.integers(1, 256, (*shape, 4))
+        if way == "clear":
+            colours[~truth, 3] = 0  # any colour, but clear
+        else:
+            colours[~truth, :3] = 0
+            colours = colours[..., :3]
+        return Image.fromarray(colours.astype(np.uint8)), {}
+
+    numbers = rng.sample(range(256), 4)  # of the palette: two of the ground, two of the object
+    palette = values.integers(1, 256, (256, 3))
+    options = {}
+    if way == "palette":
+        palette[numbers[:2]] = 0
+    else:
+        alpha = bytearray(b"\xff" * 256)
+        alpha[numbers[0]] = alpha[numbers[1]] = 0
+        options["transparency"] = bytes(alpha)
+    picks = values.integers(0, 2, shape)
+    indices = np.where(truth, np.array(numbers[2:])[picks], np.array(numbers[:2])[picks])
+    image = Image.fromarray(indices.astype(np.uint8), "P")
+    image.putpalette(palette.astype(np.uint8).tobytes())
+    return image, options
+
+
+def plain_mask(path: Path) -> np.ndarray:
+    """The mask of a picture, pixel by pixel."""
+    with Image.open(path) as file:
+        image = ImageOps.exif_transpose(file)
+    if image.mode.startswith(("I", "F")):
+        return np.asarray(image) != 0
+    rows = image.convert("RGBA")
+    mask = np.zeros((image.height, image.width), bool)
+    for y in range(image.height):
+        for x in range(image.width):
+            red, green, blue, alpha = rows.getpixel((x, y))
+            mask[y, x] = alpha > 0 and red + green + blue > 0
+    return mask
+
+
+def fuzz_outlines(rng: random.Random) -> Case:
+    """COCO's polygons and run lengths, some of them no such thing; plain loops draw them again."""
+    height = rng.choice([1, 4, 9, 30])
+    width = rng.choice([1, 5, 11, 40])
+    if rng.random() < 0.5:
+        segmentation = [random_polygon(rng, height, width) for _ in range(rng.randint(1, 3))]
+        is_sound = True
+    else:
+        segmentation = random_run_lengths(rng, height, width)
+        is_sound = True
+    if rng.random() < 0.4:
+        wrapped = {"segmentation": segmentation}
+        change_tree(rng, wrapped)
+        segmentation = wrapped.get("segmentation")
+        is_sound = False
+
+    def is_right(mask: np.ndarray) -> bool:
+        return np.array_equal(mask, plain_drawing(segmentation, height, width))
+
+    names = ["segmentation", "polygon", "RLE"]
+    return Case(
+        lambda: segmentation_to_mask(segmentation, height, width), is_right, names, not is_sound
+    )
+
+
+def random_polygon(rng: random.Random, height: int, width: int) -> list[float]:
+    polygon = []
+    for _ in range(rng.randint(3, 8)):
+        polygon.append(round(rng.uniform(-3, width + 3), rng.randint(0, 3)))
+        polygon.append(round(rng.uniform(-3, height + 3), rng.randint(0, 3)))
+    return polygon
+
+
+def random_run_lengths(rng: random.Random, height: int, width: int) -> dict:
+    cuts = sorted(rng.randint(0, height * width) for _ in range(rng.randint(0, 12)))
+    ends = [0, *cuts, height * width]
+    counts = [after - before for before, after in itertools.pairwise(ends)]
+    if rng.random() < 0.5:
+        return {"size": [height, width], "counts": pack_counts(counts)}
+    return {"size": [height, width], "counts": counts}
+
+
+def pack_counts(counts: list[int]) -> str:
+    """COCO's compressed text of run lengths, as rleToString of its maskApi.c writes it."""
+    text = ""
+    for i, count in enumerate(counts):
+        value = count - counts[i - 2] if i > 2 else count
+        more = True
+        while more:
+            bits = value & 31
+            value >>= 5
+            more = value != -1 if bits & 16 else value != 0
+            text += chr(48 + bits + 32 * more)
+    return text
+
+
+def plain_drawing(segmentation, height: int, width: int) -> np.ndarray:
+    """The mask of COCO's segmentation by plain loops; an error for what is none."""
+    if isinstance(segmentation, dict):
+        assert segmentation["size"] == [height, width]
+        counts = segmentation["counts"]
+        if isinstance(counts, str):
+            counts = plain_counts(counts)
+        pixels = []
+        for i, count in enumerate(counts):
+            assert type(count) is int and count >= 0
+            pixels += [i % 2 == 1] * count
+        assert len(pixels) == height * width
+        return np.array(pixels, bool).reshape(width, height).T
+
+    if all(isinstance(point, list) and len(point) == 2 for point in segmentation):
+        segmentation = [list(itertools.chain.from_iterable(segmentation))]
+    assert segmentation
+    mask = np.zeros(height * width, bool)
+    for polygon in segmentation:
+        assert len(polygon) % 2 == 0
+        inside = np.zeros(height * width + 1, bool)
+        for flip in plain_flips(polygon, height, width):
+            inside[flip:] ^= True
+        mask |= inside[:-1]
+    return mask.reshape(width, height).T
+
+
+def plain_counts(text: str) -> list[int]:
+    """pack_counts backwards."""
+    counts = []
+    value = bits = 0
+    for letter in text:
+        number = ord(letter) - 48
+        assert 0 <= number < 64
+        value += (number & 31) << bits
+        bits += 5
+        if number < 32:
+            if number & 16:
+                value -= 1 << bits
+            counts.append(value + counts[-2] if len(counts) > 2 else value)
+            value = bits = 0
+    assert bits == 0
+    return counts
+
+
+# phrases
+
+PHRASE_PIECES = [
+    *("left", "the Man's", "it's", "isn't", "RED", "2nd", "x10", "½", "ⅷ", "٣٤", "人在左边", "ß"),
+    *(
+        "naïve",
+        "e\u0301",
+        "ʼ",
+        "’s",
+        "“cup”",
+        "ﬁre",
+        "ＲＥＤ",
+        "　",
+        "😀",
+        "👍🏽",
+        "\u200d",
+        "\ufeff",
+    ),
+    *(
+        "<|startoftext|>",
+        "<|endoftext|>",
+        "&amp;",
+        "&lt;",
+        "&amp;quot;",
+        "&#39;",
+        "&#0;",
+        "&bogus;",
+    ),
+    *(
+        "\t",
+        "\n",
+        "\r\n",
+        "\u00a0",
+        "\u2003",
+        "\x1c",
+        "\x00",
+        "\x7f",
+        "\ud800",
+        "İ",
+        "ſ",
+        "ǅ",
+        "\u0345",
+    ),
+    *("!!!", "...", "-", "'", "''", "'S", "'LL", '"', "_", "a" * 300, " " * 50),
+]
+
+
+def fuzz_phrases(rng: random.Random) -> Case:
+    """Phrases of odd pieces; their words are found again one letter at a time."""
+    pieces = [rng.choice(PHRASE_PIECES) for _ in range(rng.randint(0, 12))]
+    if rng.random() < 0.3:
+        pieces.append("".join(chr(rng.randrange(0x110000)) for _ in range(8)))
+    phrase = rng.choice(["", " "]).join(pieces)
+    length = rng.choice([2, 3, 17, 77])
+
+    def act() -> list[int]:
+        return Tokenizer(None, 2048)([phrase], length)[0].tolist()
+
+    def is_right(row: list[int]) -> bool:
+        ids = [plain_id(word) for word in plain_words(phrase)][: length - 2]
+        expected = [2046, *ids, 2047]
+        return row == expected + [0] * (length - len(expected))
+
+    return Case(act, is_right, [], may_refuse=False)
+
+
+def plain_id(word: str) -> int:
+    """Without a vocabulary a word's id comes from its checksum; start and end have their own."""
+    special = {"<|startoftext|>": 2046, "<|endoftext|>": 2047}
+    if word in special:
+        return special[word]
+    return zlib.crc32(word.encode("utf-8", "replace")) % 2045 + 1
+
+
+def plain_words(phrase: str) -> list[str]:
+    """CLIP's words: its pattern, walked by hand on what ftfy and CLIP make of the phrase."""
+    text = unicodedata.normalize("NFC", phrase.translate(PLAIN_LETTERS))
+    text = html.unescape(html.unescape(text)).strip()
+    space = {c for c in map(chr, range(0x3001)) if c.isspace()} - set("\x1c\x1d\x1e\x1f")
+    text = "".join(" " if c in space else c for c in text).strip().lower()
+
+    words = []
+    i = 0
+    while i < len(text):
+        rest = text[i:]
+        special = [w for w in ("<|startoftext|>", "<|endoftext|>") if rest.startswith(w)]
+        endings = ("'s", "'t", "'re", "'ve", "'m", "'ll", "'d", "'ſ")
+        special += [ending for ending in endings if rest.startswith(ending)]
+        sort = letter_sort(rest[0])
+        if special:
+            word = special[0]
+        elif sort == "number":
+            word = rest[0]
+        elif sort == "space":
+            word = ""
+        else:
+            word = "".join(itertools.takewhile(lambda c, sort=sort: letter_sort(c) == sort, rest))
+        if word:
+            words.append(word)
+        i += max(1, len(word))
+    return words
+
+
+def letter_sort(letter: str) -> str:
+    if letter in " \u0345":
+        return "space"
+    kind = unicodedata.category(letter)[0]
+    return {"L": "letter", "N": "number"}.get(kind, "other")
+
+
+# annotations
+
+
+@functools.cache
+def fuzz_root() -> tuple[Path, list, dict]:
+    """make_refcoco's folder, and what its refs and instances hold."""
+    root = make_refcoco()
+    refs = pickle.loads((root / "refcoco" / "refs(unc).p").read_bytes())
+    return root, refs, json.loads((root / "refcoco" / "instances.json").read_text())
+
+
+class OnlyPlain(pickle.Unpickler):
+    def find_class(self, module: str, name: str):
+        raise pickle.UnpicklingError(name)
+
+
+def fuzz_refcoco(rng: random.Random) -> Case:
+    """RefCOCO's two files with odd values or damaged bytes, joined again by hand."""
+    sound, refs, instances = copy.deepcopy(fuzz_root())
+    root = new_folder()
+    (root / "images").symlink_to(sound / "images")
+    folder = root / "refcoco"
+    folder.mkdir()
+    way = rng.choice(["sound", "values", "values", "values", "bytes"])
+    if way == "values":
+        for _ in range(rng.randint(1, 3)):
+            change_tree(rng, rng.choice([refs, instances]))
+    refs_path = folder / "refs(unc).p"
+    instances_path = folder / "instances.json"
+    refs_path.write_bytes(pickle.dumps(refs, protocol=0))
+    instances_path.write_text(json.dumps(instances))
+    if way == "bytes":
+        broken = rng.choice([refs_path, instances_path])
+        broken.write_bytes(damage(rng, broken.read_bytes()))
+
+    def act() -> list[tuple]:
+        dataset = open_dataset("refcoco", "train", root)
+        return [objects_parts(dataset, i) for i in range(len(dataset))]
+
+    def is_right(found: list[tuple]) -> bool:
+        return found == join_by_hand(refs_path, instances_path)
+
+    names = [root, "ref ", "refcoco"]
+    return Case(act, is_right, names, may_refuse=way != "sound")
+
+
+def objects_parts(dataset, i: int) -> tuple:
+    """What a training step sees of an object: phrases, photo's size, mask."""
+    photo = dataset.photo(i)
+    mask = dataset.mask(i)
+    return dataset.sentences(i), photo.size, mask.tolist()
+
+
+def join_by_hand(refs_path: Path, instances_path: Path) -> list[tuple]:
+    """The same from RefCOCO's two files as they lie there."""
+    refs = OnlyPlain(io.BytesIO(refs_path.read_bytes()), encoding="latin1").load()
+    instances = json.loads(instances_path.read_bytes())
+    found = []
+    for ref in refs:
+        if ref["split"] != "train":
+            continue
+        image = [image for image in instances["images"] if image["id"] == ref["image_id"]][-1]
+        annotation = [one for one in instances["annotations"] if one["id"] == ref["ann_id"]][-1]
+        sentences = [sentence["sent"] for sentence in ref["sentences"]]
+        height = image["height"]
+        width = image["width"]
+        mask = plain_drawing(annotation["segmentation"], height, width)
+        found.append((sentences, (width, height), mask.tolist()))
+    return found
+
+
+def fuzz_jsonl(rng: random.Random) -> Case:
+    """Lines of a .jsonl file with odd values or damaged bytes, read again by hand."""
+    path = write_jsonl()
+    lines = [json.loads(line) for line in path.read_text().split("\n") if line.strip()]
+    lines[0]["mask"] = [[1, 1, 30, 1, 9, 29]]
+    lines[2]["mask"] = {"size": [30, 40], "counts": [600, 600]}
+    lines[2]["split"] = rng.choice(["train", "val"])
+    way = rng.choice(["sound", "values", "values", "bytes"])
+    if way == "values":
+        for _ in range(rng.randint(1, 2)):
+            change_tree(rng, lines)
+    text = "\n".join(json.dumps(line) for line in lines) + rng.choice(["", "\n", "\r\n\n"])
+    content = text.encode(rng.choice(["utf-8", "utf-8-sig"]))
+    if way == "bytes":
+        content = damage(rng, content)
+    path.write_bytes(content)
+
+    def act() -> list[tuple]:
+        dataset = open_dataset(str(path), "train")
+        return [objects_parts(dataset, i) for i in range(len(dataset))]
+
+    def is_right(found: list[tuple]) -> bool:
+        return found == lines_by_hand(path) and path.read_bytes() == content
+
+    return Case(act, is_right, [path], may_refuse=way != "sound")
+
+
+def lines_by_hand(path: Path) -> list[tuple]:
+    """The same from the lines as they lie there."""
+    found = []
+    for line in path.read_bytes().decode("utf-8-sig").split("\n"):
+        entry = json.loads(line) if line.strip() else {"split": "none"}
+        if entry.get("split", "train") != "train":
+            continue
+        size = pillows_readings(path.parent / entry["image"])[0].size
+        if isinstance(entry["mask"], str):
+            mask = plain_mask(path.parent / entry["mask"])
+        else:
+            mask = plain_drawing(entry["mask"], size[1], size[0])
+        found.append((entry["sentences"], size, mask.tolist()))
+    return found
+
+
+# command lines
+
+FLAG_VALUES = [
+    *(
+        "0",
+        "1",
+        "2",
+        "3",
+        "-1",
+        "16",
+        "64",
+        "4294967296",
+        "0.5",
+        "1.5",
+        "-0.1",
+        "1e-3",
+        "nan",
+        "inf",
+    ),
+    *("", " ", "x", "none", "tiny", "val", "train", "all", "plain", "dense", "aligned", "detris"),
+    *("dcris", "lora", "adapter", "compacter", "etris", "frozen", "full", "step", "cosine", "cpu"),
+    *("shapes", "refcoco", "1 3", "3 1", "0 0", "a.jsonl", "out/last.pt", "/", "\u4eba"),
+]
+
+
+def fuzz_train_flags(rng: random.Random) -> Case:
+    """train.py's flags: what is accepted must be what was said, and must build a model that runs."""
+    chosen = rng.sample([field.name for field in fields(Config)], rng.randint(1, 3))
+    said = {}
+    argv = ["--preset", "tiny"]
+    for name in chosen:
+        value = rng.choice(FLAG_VALUES)
+        is_switch = isinstance(getattr(Config(), name), bool)
+        said[name] = rng.random() < 0.5 if is_switch else value
+        if is_switch:
+            argv.append(f"--{name}" if said[name] else f"--no-{name}")
+        else:
+            argv += [f"--{name}", *(value.split() or [value])]
+    if rng.random() < 0.1:
+        argv.append("--registry")
+
+    def act() -> Config:
+        config = parse_config(argv)
+        if config.vocab_size <= 4096:
+            with torch.device("meta"):
+                check_shapes_of(DCRIS(config))
+        return config
+
+    def is_right(config: Config) -> bool:
+        return all(is_said(getattr(config, name), value) for name, value in said.items())
+
+    return Case(
+        act,
+        is_right,
+        [*[f"--{name}" for name in chosen], "unrecognized arguments"],
+        may_refuse=True,
+    )
+
+
+def check_shapes_of(model: DCRIS) -> None:
+    """One pass without computing; the logits must have four times the patch grid's side."""
+    side = model.config.image_size
+    image = torch.zeros(2, 3, side, side, dtype=torch.uint8)
+    tokens = torch.ones(2, model.config.text_length, dtype=torch.int64)
+    logits = model.eval()(image, tokens)
+    four = 4 * side // model.config.patch_size
+    assert logits.shape == (2, 1, four, four), logits.shape
+
+
+def is_said(value, said) -> bool:
+    """Whether a setting is what its flag said."""
+    if isinstance(value, tuple):
+        return value == tuple(int(number) for number in said.split())
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        return value == float(said)
+    return value == said
+
+
+@functools.cache
+def fuzz_model() -> Path:
+    return saved_model()
+
+
+def fuzz_evaluate_flags(rng: random.Random) -> Case:
+    """evaluate.py from its command line: every file that it was given stays as it was, and every
+    file that it was asked for is there."""
+    folder = new_folder()
+    shutil.copy(fuzz_model(), folder / "model.pt")
+    lines = write_jsonl()
+    shutil.copytree(lines.parent, folder / "own")
+    inputs = {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+    own = folder / "own"
+    photo = own / "a.png"
+    asked = []
+    argv = ["--checkpoint", folder / "model.pt", "--device", "cpu", "--workers", "0"]
+    if rng.random() < 0.5:
+        argv += [
+            "--dataset",
+            own / "shapes_mine.jsonl",
+            "--split",
+            rng.choice(["val", "train", "all"]),
+        ]
+        outputs = ["--json", "--per_sentence", "--panels"]
+    else:
+        argv += ["--image", photo, "--text", rng.choice(["dog", "", "a pet", "\ud800"])]
+        outputs = ["--out"]
+    targets = [
+        *(folder / "new.png", folder / "deep" / "er.png", folder / "model.pt", photo, own),
+        *(
+            own / "mask.png",
+            own / "shapes_mine.jsonl",
+            folder / "x",
+            "",
+            "/dev/full",
+            "/proc/x.png",
+        ),
+    ]
+    for output in outputs:
+        if rng.random() < 0.6:
+            target = rng.choice(targets)
+            argv += [output, target]
+            asked.append(target)
+    others = ["--threshold", "--batch_size", "--device", "--bf16", "--shuffle_text", "--oops"]
+    for name in rng.sample(others, rng.randint(0, 2)):
+        argv.append(name)
+        if name in ("--threshold", "--batch_size", "--device"):
+            argv.append(rng.choice(FLAG_VALUES))
+    words = [str(word) for word in argv]
+
+    def act() -> None:
+        evaluate_program(words)
+
+    def is_right(_) -> bool:
+        kept = all(file.read_bytes() == content for file, content in inputs.items())
+        return kept and all(Path(target).is_file() for target in asked if str(target))
+
+    names = [folder, "--", "/dev/full", "/proc", ".png", "cannot", "half"]
+    return Case(act, is_right, names, may_refuse=True)
+
+
+def fuzz_weights_flags(rng: random.Random) -> Case:
+    """weights.py's names and folders; nothing is fetched."""
+    words = rng.sample([*NEEDS, "dcris", "", "--list", "coco.zip", "../x"], rng.randint(0, 3))
+    folder = new_folder()
+    argv = [*words, "--weights", str(folder / "w"), "--data_root", str(folder / "d")]
+
+    def act() -> list:
+        with patch("weights.fetch_all") as fetch_all:
+            weights_program(argv)
+        return [call.args[0] for call in fetch_all.call_args_list]
+
+    def is_right(fetched: list) -> bool:
+        return fetched == [NEEDS[word] for word in words]
+
+    is_sound = all(word in NEEDS for word in words)
+    return Case(act, is_right, ["there are", "--list"], may_refuse=not is_sound)
+
+
+# checkpoints and archives
+
+
+def fuzz_checkpoint_bytes(rng: random.Random) -> Case:
+    """A checkpoint with damaged bytes is refused, or is the intact one."""
+    content = fuzz_model().read_bytes()
+    if rng.random() < 0.95:
+        content = damage(rng, content)
+    path = new_folder() / "last.pt"
+    path.write_bytes(content)
+
+    def is_right(model: DCRIS) -> bool:
+        intact = load_model(fuzz_model())
+        same = all(
+            torch.equal(value, intact.state_dict()[name])
+            for name, value in model.state_dict().items()
+        )
+        return same and vars(model.config) == vars(intact.config)
+
+    may_refuse = content != fuzz_model().read_bytes()
+    return Case(lambda: load_model(path), is_right, [path], may_refuse)
+
+
+@functools.cache
+def fuzz_training() -> dict:
+    """What a checkpoint in the middle of training holds."""
+    model = small_model()
+    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad])
+    batch = random_batch(model.config)
+    train_step(model.train(), optimizer, [batch], model.config, torch.device("cpu"))
+    path = new_folder() / "last.pt"
+    save_checkpoint(path, model, optimizer, step=1, best=0.5, validated=0)
+    return torch.load(path, weights_only=True)
+
+
+def fuzz_checkpoint_fields(rng: random.Random) -> Case:
+    """A checkpoint with odd values is refused, or it is used as it says, also to go on training."""
+    saved = copy.deepcopy(fuzz_training())
+    part = rng.choice(["", "config", "model", "optimizer", "hostile"])
+    if part == "hostile":
+        saved[rng.choice(["step", "model", "extra"])] = MakesCrater()
+    elif part == "model":
+        name = rng.choice(list(saved["model"]))
+        saved["model"][name] = odd_tensor(rng, saved["model"][name])
+    elif part == "optimizer" and rng.random() < 0.5:
+        states = saved["optimizer"]["state"]
+        number = rng.choice(list(states))
+        entry = rng.choice(["exp_avg", "exp_avg_sq", "step"])
+        states[number][entry] = odd_tensor(rng, states[number][entry])
+    else:
+        change_tree(rng, saved[part] if part else saved)
+    path = new_folder() / "last.pt"
+    torch.save(saved, path)
+
+    def act() -> DCRIS:
+        read = read_checkpoint(path)
+        config = Config(**read["config"])
+        model = restore_model(read, config)
+        trained = [p for p in model.parameters() if p.requires_grad]
+        optimizer = torch.optim.Adam(trained, config.lr)
+        resume_point(config, read, optimizer, total=10**6)
+        batch = random_batch(config)
+        train_step(model.train(), optimizer, [batch], config, torch.device("cpu"))
+        return load_model(path)
+
+    def is_right(model: DCRIS) -> bool:
+        state = model.state_dict()
+        same = all(
+            torch.equal(state[name], saved["model"][name].to(state[name].dtype)) for name in state
+        )
+        config = {name: getattr(model.config, name) for name in saved["config"]}
+        return same and not CRATER.exists() and config == as_config(saved["config"])
+
+    return Case(act, is_right, [path], may_refuse=True)
+
+
+def as_config(settings: dict) -> dict:
+    """Lists as the tuples that Config makes of them."""
+    return {name: tuple(v) if isinstance(v, list) else v for name, v in settings.items()}
+
+
+class MakesCrater:
+    """Its pickle asks the reader to make a folder."""
+
+    def __reduce__(self):
+        return os.mkdir, (str(CRATER),)
+
+
+def odd_tensor(rng: random.Random, tensor: Tensor):
+    way = rng.choice(
+        ["nan", "inf", "shape", "type", "whole", "bool", "sparse", "list", "none", "big"]
+    )
+    if way == "nan":
+        return torch.full_like(tensor, math.nan) if tensor.is_floating_point() else None
+    if way == "inf":
+        return tensor * math.inf
+    if way == "shape":
+        return torch.cat([tensor.flatten(), tensor.flatten()])
+    if way == "sparse":
+        return tensor.to_sparse()
+    if way == "list":
+        return tensor.tolist()
+    if way == "none":
+        return None
+    if way == "big":
+        return torch.zeros(1, dtype=tensor.dtype).expand(1 << 20)
+    return tensor.to({"type": torch.float64, "whole": torch.int64, "bool": torch.bool}[way])
+
+
+@functools.cache
+def sound_archives() -> dict[str, Path]:
+    root = make_refcoco(zipped=True)
+    clip, _, _ = small_clip()
+    return {"photos": root / "images" / "train2014.zip", "clip": clip}
+
+
+def fuzz_archives(rng: random.Random) -> Case:
+    """Damaged zip files of photos, of annotations, and TorchScript's."""
+    return rng.choice([zipped_photos, zipped_annotations, torchscript_archive])(rng)
+
+
+def zipped_photos(rng: random.Random) -> Case:
+    sound = sound_archives()["photos"]
+    root = new_folder()
+    shutil.copytree(sound.parent.parent / "refcoco", root / "refcoco")
+    path = root / "train2014.zip"
+    path.write_bytes(damage(rng, sound.read_bytes()))
+
+    def act() -> list:
+        dataset = open_dataset("refcoco", "train", root)
+        return [np.asarray(dataset.photo(i)).tolist() for i in range(len(dataset))]
+
+    def is_right(photos: list) -> bool:
+        greys = [1, 2, 3, 5, 6, 7]  # photo k is grey, and those of k = 0 and 4 are val
+        colours = [30 * k for k in greys]
+        return photos == [[[[grey] * 3] * 40] * 30 for grey in colours]
+
+    return Case(act, is_right, [path, root / "images"], may_refuse=True)
+
+
+def zipped_annotations(rng: random.Random) -> Case:
+    names = ["refcoco/instances.json", "refcoco/refs(unc).p", "refs(google).p", "readme.txt"]
+    names += ["../../instances.json", "/refs(x).p", "a/../refs(umd).p", "refcoco/", "refs(..).p"]
+    path = new_folder() / "in" / "refcoco.zip"
+    path.parent.mkdir()
+    content = {name: rng.randbytes(500) for name in rng.sample(names, rng.randint(1, 5))}
+    with zipfile.ZipFile(
+        path, "w", rng.choice([zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
+    ) as archive:
+        for name, inside in content.items():
+            archive.writestr(name, inside)
+    is_damaged = rng.random() < 0.7
+    if is_damaged:
+        path.write_bytes(damage(rng, path.read_bytes()))
+
+    def is_right(_) -> bool:
+        written = [
+            file for file in path.parent.parent.rglob("*") if file.is_file() and file != path
+        ]
+        wanted = {file.name for file in written}
+        known = {os.path.basename(name) for name in content}
+        whole = all(file.read_bytes() in content.values() for file in written)
+        return (
+            whole
+            and wanted <= known
+            and all(file.parent == path.parent / "refcoco" for file in written)
+        )
+
+    return Case(lambda: unpack(path), is_right, [path], may_refuse=is_damaged)
+
+
+def torchscript_archive(rng: random.Random) -> Case:
+    sound = sound_archives()["clip"]
+    path = new_folder() / "ViT-B-16.pt"
+    path.write_bytes(damage(rng, sound.read_bytes()))
+
+    def is_right(tensors: dict) -> bool:
+        expected = read_tensors(sound)
+        return tensors.keys() == expected.keys() and all(
+            torch.equal(tensors[name], expected[name]) for name in expected
+        )
+
+    return Case(lambda: read_tensors(path), is_right, [path], may_refuse=True)
+
+
+FUZZ = {
+    "photos": fuzz_photos,
+    "masks, pictures": fuzz_masks,
+    "masks, COCO's": fuzz_outlines,
+    "phrases": fuzz_phrases,
+    "annotations, RefCOCO's": fuzz_refcoco,
+    "annotations, .jsonl": fuzz_jsonl,
+    "train.py's flags": fuzz_train_flags,
+    "evaluate.py's flags": fuzz_evaluate_flags,
+    "weights.py's flags": fuzz_weights_flags,
+    "checkpoints, bytes": fuzz_checkpoint_bytes,
+    "checkpoints, fields": fuzz_checkpoint_fields,
+    "archives": fuzz_archives,
+}
+
+
+def fuzz(cases: int) -> list[str]:
+    """Run so many cases, spread over the classes, and print how each class ended.
+
+    The same number of cases is the same cases at every call. Returns a line for each bad one.
+    """
+    bad = []
+    print(f"{'class':<24}{'cases':>7}" + "".join(f"{outcome:>11}" for outcome in OUTCOMES))
+    for place, (name, draw) in enumerate(FUZZ.items()):
+        counts = dict.fromkeys(OUTCOMES, 0)
+        numbers = range(place, cases, len(FUZZ))
+        for number in numbers:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # Pillow warns of damaged files before it refuses
+                case = draw(random.Random(number))
+                outcome, why = outcome_of(case)
+            counts[outcome] += 1
+            if outcome not in OUTCOMES[:2]:
+                bad.append(f"{name}, case {number}: {outcome}: {why}")
+        cells = "".join(f"{count:>11}" for count in counts.values())
+        print(f"{name:<24}{len(numbers):>7}{cells}", flush=True)
+    print("\n".join(bad))
+    return bad
+
+
+def test_fuzzed_input_ends_right_or_in_one_clear_line():
+    """A few cases of each class; `python test_all.py fuzz --cases 5000` runs many."""
+    bad = fuzz(240)
+
+    assert not bad, "\n".join(bad)
+
+
 # ---- running them ----
 
 
@@ -6929,4 +8265,17 @@ def main(words: list[str]) -> bool:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("words", nargs="*", help="words in the names of tests, or fuzz, or soak")
+    parser.add_argument("--kills", type=int, default=KILLS, help="of each kind (%(default)s)")
+    parser.add_argument("--cases", type=int, default=5000, help="of fuzz (%(default)s)")
+    parser.add_argument("--minutes", type=float, default=60, help="of soak (%(default)s)")
+    flags = parser.parse_args()
+    KILLS = flags.kills
+    if flags.words == ["fuzz"]:
+        sys.exit(bool(fuzz(flags.cases)))
+    if flags.words == ["soak"]:
+        sys.exit(soak(flags.minutes))
+    sys.exit(main(flags.words))
