@@ -12,9 +12,12 @@ Below that: a cache of photos, reading and writing files, how all programs repor
 import atexit
 import cmath
 import contextlib
+import difflib
 import functools
+import glob
 import gzip
 import html
+import io
 import itertools
 import json
 import math
@@ -389,10 +392,15 @@ def check_segmentation(segmentation, height, width):
     if isinstance(segmentation, dict):
         has_pixels = any(read_runs(segmentation, height, width)[1::2])
     else:
-        x, y = np.concatenate(read_polygons(segmentation)).T
-        has_pixels = x.max() > 0 and y.max() > 0 and x.min() < width and y.min() < height
+        polygons = read_polygons(segmentation)
+        has_pixels = any(touches_photo(corners, height, width) for corners in polygons)
     if not has_pixels:
         raise ValueError(f"mask {str(segmentation)[:60]} has no pixel in the photo")
+
+
+def touches_photo(corners, height, width):
+    x, y = corners.T
+    return x.size and x.max() > 0 and y.max() > 0 and x.min() < width and y.min() < height
 
 
 def read_runs(rle, height, width):
@@ -403,7 +411,8 @@ def read_runs(rle, height, width):
 
     with contextlib.suppress(TypeError, ValueError):  # what is no list of numbers does not fit
         adds_up = min(counts) >= 0 and sum(counts) == height * width
-        if adds_up and rle.get("size") == [height, width]:
+        are_whole = all(type(count) is int for count in counts)
+        if adds_up and are_whole and rle.get("size") == [height, width]:
             return counts
     raise ValueError(
         f"RLE {str(rle)[:80]}: expected size [{height}, {width}] and counts that add up to it"
@@ -553,6 +562,12 @@ class Dataset:
     def object_id(self, i: int) -> str:
         return self.record(i)["id"]
 
+    def files(self) -> set[str]:
+        """The paths of all photos and masks, for what must not write over them."""
+        records = [self.record(i) for i in range(len(self))]
+        masks = {record["mask"] for record in records if isinstance(record["mask"], str)}
+        return masks | {record["photo"] for record in records}
+
     def letterboxed(self, i: int, size: int, rule: str = "aligned") -> np.ndarray:
         """The photo in its square, uint8 (size, size, 3).
 
@@ -565,6 +580,9 @@ class Dataset:
         n = size * size * 3
         start = cache.photo_numbers[i] * n
         return np.fromfile(cache.path, np.uint8, n, offset=start).reshape(size, size, 3)
+
+
+PHOTO_BYTES = 1 << 28  # no more is unpacked of one photo in a zip
 
 
 def find_photo(path):
@@ -669,7 +687,7 @@ def read_refs(name, root):
     """
     folder, _, author = name.partition("_")
     path = Path(root, folder, f"refs({author or 'unc'}).p")
-    if path.with_suffix(".json").exists():
+    if not path.exists() and path.with_suffix(".json").exists():
         path = path.with_suffix(".json")
 
     def parse(file):
@@ -767,8 +785,9 @@ def jsonl_records(path, split):
     belongs to every split. Whatever is wrong with a line is an error that names the line.
     """
     path = Path(path)
+    content = read_file(path, io.BufferedReader.read, "write one object a line into it")
     records = []
-    for number, line in enumerate(path.read_bytes().split(b"\n"), 1):
+    for number, line in enumerate(content.split(b"\n"), 1):
         if not line.strip():
             continue
         try:
@@ -792,9 +811,11 @@ def read_line(line):
     if not isinstance(entry, dict):
         raise ValueError(f"expected {{...}} with {LINE_KEYS}, got {str(entry)[:60]}")
 
-    # unknown keys too: a line with "spilt" for "split" would be in every split
     known = {"image", "mask", "sentences", "split"}
-    if not known - {"split"} <= entry.keys() <= known:
+    for key in entry.keys() - known:  # a line with "spilt" for "split" would be in every split
+        nearest = difflib.get_close_matches(key, known, n=1, cutoff=0)[0]
+        raise ValueError(f"unknown key {key!r}, did you mean {nearest!r}? Expected {LINE_KEYS}")
+    if not known - {"split"} <= entry.keys():
         raise ValueError(f"its keys are {', '.join(entry)}; expected {LINE_KEYS}")
     check_sentences(entry["sentences"], "")
     if entry.get("split", "train") not in LINE_SPLITS:
@@ -922,6 +943,9 @@ class Shapes(Dataset):
             "kinds": [kind],
             "thing": things[meant],
         }
+
+    def files(self):
+        return set()
 
     def photo(self, i):
         k = i // self.phrases_per_photo
@@ -1306,7 +1330,7 @@ def make_loader(batches, numbers, workers, pin_memory=False):
         prefetch_factor=4 if workers else None,
         timeout=LOADER_SECONDS if workers else 0,  # else one that died silently is waited for
         pin_memory=pin_memory,
-        worker_init_fn=ignore_signals,
+        worker_init_fn=start_loader,
     )
 
 
@@ -1314,13 +1338,16 @@ def leave_as_it_is(batch):
     return batch
 
 
-def ignore_signals(worker):
-    """A loader process leaves SIGTERM and Ctrl-C to its parent.
+def start_loader(worker):
+    """A loader process leaves SIGTERM and Ctrl-C to its parent, and holds no lock in its place.
 
-    All processes of a job are sent them. The parent needs its loaders to finish the step.
+    All processes of a job are sent these signals, and the parent needs its loaders to finish the
+    step. A loader may outlive a parent that was killed by seconds, in which a new run may begin.
     """
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for file in LOCKS:
+        file.close()
 
 
 @atexit.register
@@ -1356,7 +1383,7 @@ def cache_photos(dataset, folder, size, rule="aligned"):
     path = Path(folder, name)
     path.parent.mkdir(parents=True, exist_ok=True)
     with lock(f"{path}.lock", "w"):
-        if not path.exists():
+        if not path.exists() or path.stat().st_size != len(photos) * size * size * 3:
             write_cache(path, dataset, objects, size, rule)
     dataset.cache = PhotoCache(path, numbers, size, rule)
 
@@ -1396,6 +1423,8 @@ def read_file(path, parse, fix):
         raise FileNotFoundError(f"{path} is missing; {fix}")
     try:
         with path.open("rb") as file:
+            if isinstance(path, zipfile.Path):
+                file = io.BytesIO(file.read(PHOTO_BYTES))  # whole, so that its checksum is compared
             return parse(file)
     except Exception as error:  # parsers raise nearly anything on a broken file
         why = f"{type(error).__name__}: {error}"
@@ -1409,13 +1438,14 @@ def write_whole(path: str | Path):
     """A file to write in a `with` block, whole or not at all: the path holds the old or the new.
 
     It has a temporary name until the block ends, and one of its own, so that two writers never mix
-    their files. Raises OSError where nothing could be written.
+    their files. What a killed writer left is removed. Raises OSError where nothing was written.
     """
     path = Path(path)
     temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "xb") as file:
+        remove_leftovers(path)
+        with lock(temporary, "xb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())  # on the disk before it gets its name
@@ -1429,26 +1459,31 @@ def write_whole(path: str | Path):
         temporary.unlink(missing_ok=True)
 
 
+def remove_leftovers(path):
+    """Remove the temporary files of earlier writers of the path which live no longer."""
+    for leftover in path.parent.glob(f"{glob.escape(path.name)}.*.tmp"):
+        with contextlib.suppress(OSError), lock(leftover, "ab", wait=False):
+            leftover.unlink()
+
+
+LOCKS = []  # on folders, open as long as this process; its loader processes close their copies
+
+
 def lock(path, mode, wait=True):
-    """The open file, which until the end of a `with` no other process can lock; others wait.
+    """The open file, which no other process can lock until it is closed; others wait.
 
     wait: False raises BlockingIOError where another process has it. A lock ends with its process,
     however that ends. Windows has no fcntl: there nobody waits and nothing is refused.
     """
-    try:
+    file = open(path, mode)  # noqa: SIM115 (the caller closes it)
+    with contextlib.suppress(ImportError):
         import fcntl
-    except ImportError:
-        return contextlib.nullcontext()
-    file = open(path, mode)  # noqa: SIM115 (the caller's `with` closes it)
-    if wait:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        return file
-    try:
-        # unlike flock's, this lock is not handed on to loader processes, which may live longer
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        file.close()
-        raise BlockingIOError(f"{path} is locked by another process") from None
+
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.close()
+            raise BlockingIOError(f"{path} is locked by another process") from None
     return file
 
 

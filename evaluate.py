@@ -607,7 +607,7 @@ def splits_of(name, split):
     return [each for each in known if each != "train"]
 
 
-def score_splits(models, args):
+def score_splits(models, args, written):
     """Score each split with each model; print the tables and write the files that were asked for.
 
     models: by their checkpoint on the command line. The panels show the last one's best and worst.
@@ -616,6 +616,9 @@ def score_splits(models, args):
     splits = splits_of(args.dataset, args.split)
     # all opened at first, so that faults show before any work
     datasets = [open_dataset(args.dataset, split, args.data_root) for split in splits]
+    if written:
+        for dataset in datasets:
+            refuse_to_overwrite(written, dataset.files())
     conditions = {path: conditions_of(path, model, args) for path, model in models.items()}
 
     reports = []
@@ -758,8 +761,10 @@ def parse_flags(argv):
         parser.error("--image and --text go together: give both")
     if not all(text.strip() for text in args.text):
         parser.error("--text is empty: say what to find")
-    if args.batch_size < 1 or args.workers < 0 or args.benchmark < 0:
-        parser.error("--batch_size needs 1 or more, --workers and --benchmark 0 or more")
+    if args.batch_size < 1 or args.benchmark < 0:
+        parser.error("--batch_size needs 1 or more, --benchmark 0 or more")
+    if not 0 <= args.workers <= 1024:
+        parser.error(f"--workers {args.workers}: need 0 to 1024")
     if not 0 <= (args.threshold or 0) < 1:
         parser.error(f"--threshold {args.threshold}: need a probability from 0 to below 1")
     if not args.out.endswith(".png"):
@@ -785,16 +790,21 @@ def plan_files(args):
     elif not args.benchmark:
         written = [path for path in (args.json, args.per_sentence, args.panels) if path]
 
-    inputs = (args.checkpoint, *args.compare, args.dataset, *args.image)
-    taken = {file_key(path): path for path in inputs}
-    for path in written:
-        key = file_key(path)
+    for k, path in enumerate(written):
         if os.path.isdir(path):
             raise ValueError(f"{path} is a folder: name a file to write")
-        if key in taken:
-            raise ValueError(f"{path} would overwrite {taken[key]}: choose another name")
-        taken[key] = path
+        inputs = (args.checkpoint, *args.compare, args.dataset, *args.image)
+        refuse_to_overwrite([path], [*inputs, *written[:k]])
     return written
+
+
+def refuse_to_overwrite(written, kept):
+    """Raise ValueError where a file to be written is one of those to be kept."""
+    kept_files = {file_key(path): path for path in kept}
+    for path in written:
+        if file_key(path) in kept_files:
+            other = kept_files[file_key(path)]
+            raise ValueError(f"{path} would overwrite {other}: choose another name")
 
 
 def file_key(path):
@@ -823,7 +833,7 @@ def main(argv=None):
         dataset = open_dataset(args.dataset, args.split, args.data_root)
         print(json.dumps(time_scoring(model, dataset, args)))
     else:
-        score_splits(models, args)
+        score_splits(models, args, written)
     end_processes()
 
 

@@ -9,6 +9,7 @@ Nothing inside any file is ever run as code.
 """
 
 import argparse
+import copy
 import hashlib
 import io
 import os
@@ -118,7 +119,7 @@ def save_checkpoint(
         "format": FORMAT,
         "config": vars(model.config),
         "model": state,
-        "optimizer": optimizer.state_dict() if optimizer else None,
+        "optimizer": optimizer.state_dict()["state"] if optimizer else None,  # Adam's averages
         "step": step,  # steps done
         "best": best,  # the best mIoU on val so far
         "validated": validated,  # the step of the last score on val
@@ -256,14 +257,36 @@ def load_checked(module, state, new=frozenset(), source="the state"):
     for name, value in state.items():
         if name not in ours:
             faults.append(f"{name} not ours")
-        elif shape_of(value) != shape_of(ours[name]):
-            faults.append(f"{name} {shape_of(value)} instead of {shape_of(ours[name])}")
-        elif not value.sum(dtype=torch.float64).isfinite():  # one NaN or infinity makes it so
-            faults.append(f"{name} not finite")
+        elif misfit(value, ours[name]):
+            faults.append(f"{name} {misfit(value, ours[name])}")
     if faults:
         more = f" and {len(faults) - 5} more" if len(faults) > 5 else ""
         raise ValueError(f"{source}: weights do not fit: {', '.join(faults[:5])}{more}")
     module.load_state_dict(state, strict=False)
+
+
+def misfit(value, ours):
+    """Why a value of a file cannot take the place of our tensor; "" where it can."""
+    if shape_of(value) != shape_of(ours):
+        return f"{shape_of(value)} instead of {shape_of(ours)}"
+    if value.layout != ours.layout or value.is_floating_point() != ours.is_floating_point():
+        return f"{value.dtype}, {value.layout} instead of {ours.dtype}, {ours.layout}"
+    if not value.sum(dtype=torch.float64).isfinite():  # one NaN or infinity makes it so
+        return "not finite"
+    return ""
+
+
+def load_optimizer(optimizer, state, source):
+    """Adam's averages of a checkpoint, checked like its weights; the settings stay as they are."""
+    for number, parameter in enumerate(optimizer.param_groups[0]["params"]):
+        ours = {"step": torch.zeros(()), "exp_avg": parameter, "exp_avg_sq": parameter}
+        entry = state.get(number)
+        fits = isinstance(entry, dict) and entry.keys() == ours.keys()
+        if not fits or any(misfit(entry[name], ours[name]) for name in ours):
+            raise ValueError(f"{source} is damaged: its optimizer does not fit the model")
+
+    settings = optimizer.state_dict()["param_groups"]
+    optimizer.load_state_dict({"state": copy.deepcopy(state), "param_groups": settings})
 
 
 def shape_of(value):
@@ -880,7 +903,7 @@ def unpack(path):
                 is_needed = re.fullmatch(r"refs\(\w+\)\.p|instances\.json", name)
                 if is_needed and member.file_size < 1 << 30:
                     unpack_member(archive, member, path.with_suffix("") / name)
-    except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, ValueError) as why:
+    except (zipfile.BadZipFile, zlib.error, EOFError, OSError, RuntimeError, ValueError) as why:
         raise ValueError(f"{path} cannot be unpacked: {why}") from why
 
 
