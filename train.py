@@ -80,7 +80,9 @@ def train(cfg: Config, saved: dict | None = None) -> dict:
     the last validation.
     """
     rank, world, device = start_processes(cfg.device)
-    if rank == 0 and is_small_pair_missing(cfg):
+    # Only the preset's own encoders are made unasked; a mistyped --weights is an error instead.
+    own_pair = cfg.weights == PRESETS["tiny"]["weights"]
+    if rank == 0 and own_pair and not Path(cfg.weights).exists():
         print(f"{cfg.weights} is missing, so stage one comes first, once:")
         pretrain(cfg, device)
     if dist.is_initialized():
@@ -207,11 +209,11 @@ def train_step(model, optimizer, parts, cfg, device):
     norm = nn.utils.clip_grad_norm_(trained, cfg.clip or math.inf)
     optimizer.step()
 
-    loss = torch.stack(losses).sum()
+    step_loss = torch.stack(losses).sum()
     if dist.is_initialized():
-        dist.all_reduce(loss)
-        loss = loss / dist.get_world_size()
-    return torch.stack([loss, norm])
+        dist.all_reduce(step_loss)
+        step_loss = step_loss / dist.get_world_size()
+    return torch.stack([step_loss, norm])
 
 
 def gradients_stay_here(model, is_last):
@@ -345,11 +347,6 @@ def labelled_scenes(cfg):
     labels = torch.cat([batch["labels"] for batch in batches])  # (P, 3, CELLS * h, CELLS * w)
     labels = F.pixel_unshuffle(labels, CELLS)  # (P, 3 * cells of a patch, h, w)
     return images, labels.unflatten(1, (3, CELLS**2)).flatten(3).transpose(2, 3)
-
-
-def is_small_pair_missing(cfg):
-    """Only the preset's own file is made by itself; a mistyped --weights is an error instead."""
-    return cfg.weights == PRESETS["tiny"]["weights"] and not Path(cfg.weights).exists()
 
 
 # ---- what the loop leans on ----
@@ -588,13 +585,13 @@ def benchmark(cfg):
         train_step(raw, optimizer, parts, cfg, device)
     flops = counter.get_total_flops()
 
-    def step():
+    def one_step():
         train_step(model, optimizer, parts, cfg, device)
 
-    seconds_of(step, 1)  # compiles and warms up
+    seconds_of(one_step, 1)  # compiles and warms up
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()  # the counted step was not compiled
-    seconds = seconds_of(step, cfg.benchmark)
+    seconds = seconds_of(one_step, cfg.benchmark)
     peak = matmul_flops_per_second(cfg, device)
     samples = pairs * world * cfg.accumulate
     result = {
@@ -622,7 +619,7 @@ def seconds_of(work, times):
 
 
 def matmul_flops_per_second(cfg, device):
-    """The best of ten large matrix products, in the precision of the run."""
+    """Of ten large matrix products, in the precision of the run."""
     n = 8192 if device.type == "cuda" else 1024
     dtype = torch.bfloat16 if cfg.bf16 else torch.float32
     matrix = torch.randn(n, n, device=device, dtype=dtype)
@@ -630,8 +627,7 @@ def matmul_flops_per_second(cfg, device):
     def product():
         matrix @ matrix
 
-    fastest = min(seconds_of(product, 1) for _ in range(10))
-    return 2 * n**3 / fastest
+    return 2 * n**3 / seconds_of(product, 10)
 
 
 def peak_memory(device):
@@ -657,21 +653,20 @@ PLOT_BOTTOM = 340
 def draw_curves(log, path):
     """A PNG of a log.jsonl: training loss and mIoU on val, by step."""
     entries = [json.loads(line) for line in log.read_text().splitlines()]
-    losses = [(entry["step"], entry["loss"]) for entry in entries if "loss" in entry]
-    scores = [(entry["step"], entry["mIoU"]) for entry in entries if "mIoU" in entry]
     sheet = Image.new("RGB", (960, 390), "white")
     draw = ImageDraw.Draw(sheet)
     draw.font = ImageFont.load_default(13)
-    draw_plot(draw, 70, "training loss, nats, by step", losses)
-    draw_plot(draw, 550, "val mIoU by step", scores)
+    draw_plot(draw, 70, entries, "loss", "training loss, nats, by step")
+    draw_plot(draw, 550, entries, "mIoU", "val mIoU by step")
     save_image(sheet, path)
 
 
-def draw_plot(draw, left, title, curve):
-    """Axes with a curve of (step, value), `left` pixels from the sheet's edge."""
-    right = max(step for step, _ in curve)
-    highest = max(value for _, value in curve)
-    top = math.ceil(max(1, 10 * highest)) / 10  # the next tenth
+def draw_plot(draw, left, entries, key, title):
+    """Axes with a curve of one value of the log, `left` pixels from the sheet's edge."""
+    steps = [entry["step"] for entry in entries if key in entry]
+    values = [entry[key] for entry in entries if key in entry]
+    right = max(steps)
+    top = math.ceil(max(1, 10 * max(values))) / 10  # the next tenth
     draw.text((left, 12), title, "black")
     for k in range(6):
         x = left + PLOT_WIDTH * k / 5
@@ -681,7 +676,7 @@ def draw_plot(draw, left, title, curve):
         draw.text((x, PLOT_BOTTOM + 6), f"{right * k / 5:.0f}", "gray", anchor="ma")
 
     places = []
-    for step, value in curve:
+    for step, value in zip(steps, values, strict=True):
         x = left + PLOT_WIDTH * step / right
         y = PLOT_BOTTOM - PLOT_HEIGHT * value / top
         places.append((x, y))
@@ -794,21 +789,21 @@ def train_table(argv):
     each rate of RATES. What is in the folder --out already is not trained again.
     """
     number = parse_config(argv).table
-    head = f"{'row':<14}{'val mIoU':>9}{'dev.':>6}{'best rate':>11}{'at':>9}"
-    lines = [f"{head}{'trained':>11}{'share':>8}{'paper':>7}"]
+    header = f"{'row':<14}{'val mIoU':>9}{'dev.':>6}{'best rate':>11}{'at':>9}"
+    lines = [f"{header}{'trained':>11}{'share':>8}{'paper':>7}"]
     for row, (paper, flags) in TINY_TABLES[number].items():
         cfg = parse_config([*argv, *flags.split()])
         cfg.out = str(Path(cfg.out, f"table{number}", row))
-        scores = [train_row(cfg, seed, cfg.lr) for seed in range(cfg.seeds)]
-        by_rate = {cfg.lr: scores[0]}
+        by_seed = [train_row(cfg, seed, cfg.lr) for seed in range(cfg.seeds)]
+        by_rate = {cfg.lr: by_seed[0]}
         if number == 2:
             for rate in RATES:
                 by_rate[rate] = train_row(cfg, 0, rate)
         best_rate = max(by_rate, key=by_rate.get)
 
-        deviation = np.std(scores, ddof=1) if len(scores) > 1 else 0.0
+        deviation = np.std(by_seed, ddof=1) if len(by_seed) > 1 else 0.0
         trained, share = count_trained(cfg)
-        line = f"{row:<14}{100 * np.mean(scores):>9.1f}{100 * deviation:>6.1f}"
+        line = f"{row:<14}{100 * np.mean(by_seed):>9.1f}{100 * deviation:>6.1f}"
         line += f"{100 * by_rate[best_rate]:>11.1f}{best_rate:>9g}"
         lines.append(f"{line}{trained:>11,}{share:>8.1%}{paper:>7.1f}")
     print("\n".join(lines))
