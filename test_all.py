@@ -71,10 +71,10 @@ from adapters import (
     glorot_uniform,
 )
 from data import (
-    PLAIN_LETTERS,
     COLOURS,
     FORMS,
     GRAMMARS,
+    PLAIN_LETTERS,
     REFCOCO,
     SHAPES,
     SIZES,
@@ -146,7 +146,7 @@ from model import (
     resize_mask,
 )
 from train import (
-    CURVE_COLOURS,
+    CURVE_COLOUR,
     LOG_EVERY,
     TINY_TABLES,
     Stopped,
@@ -160,9 +160,9 @@ from train import (
     pretrain_image_encoder,
     pretrain_text_encoder,
     resume_point,
-    round_up,
     train_row,
     train_step,
+    train_table,
     validate,
     what_trains,
 )
@@ -5560,8 +5560,10 @@ def test_a_run_killed_before_its_pictures_makes_them():
     out = new_folder()
     flags = small_run(data_root=make_refcoco())
     train_here(resumed(flags, out))
-    names = ("curves.png", "panels.png", "log.jsonl", "last.pt", "best.pt")
+    names = ("curves.png", "panels.png", "log.jsonl", "best.pt")
     files = {name: (out / name).read_bytes() for name in names}
+    before = new_folder() / "last.pt"
+    before.write_bytes((out / "last.pt").read_bytes())
     (out / "curves.png").unlink()
     (out / "panels.png").unlink()
 
@@ -5570,6 +5572,7 @@ def test_a_run_killed_before_its_pictures_makes_them():
     assert "refcoco: 6 objects an epoch" in printed
     assert "\n0 steps of" in printed
     assert {name: (out / name).read_bytes() for name in names} == files
+    assert_equal_checkpoints(out / "last.pt", before)
 
 
 def run_interrupted(flags: list[str], whole: Path, part: Path, interruption) -> str:
@@ -5898,6 +5901,25 @@ def test_a_run_that_begins_moves_what_an_earlier_one_left():
     assert read_checkpoint(out / "last.pt")["config"]["seed"] == 1
 
 
+def test_half_written_files_of_a_killed_run_are_deleted():
+    """A kill in the middle of a write leaves a file under its temporary name, which may be large.
+    Only these names go, and only where no run is at work in the folder."""
+    out = new_folder()
+    half_written = [f"{name}.{'0123456789abcdef' * 2}.tmp" for name in ("last.pt", "curves.png")]
+    others = ["notes.tmp", "last.pt.1.tmp", f"mine.{'a' * 32}.tmp", f"last.pt.{'g' * 32}.tmp"]
+    for name in [*half_written, *others]:
+        (out / name).touch()
+    flags = small_run(data_root=make_refcoco(), out=out, epochs=1)
+
+    with lock(out / ".lock", "w", wait=False):
+        in_child(lambda: error_of(ValueError, train_here, flags))
+    assert names_in(out) == {*half_written, *others}
+    train_here(flags)
+
+    files = {"last.pt", "best.pt", "log.jsonl", "curves.png", "panels.png"}
+    assert names_in(out) == files | set(others)
+
+
 def test_two_runs_cannot_share_a_folder():
     """They would write over each other's files. Here this process holds the folder's lock, and a
     run in another process is refused."""
@@ -5946,6 +5968,7 @@ def run_processes(count: int, flags: list[str]) -> None:
         children.append(child)
     statuses = [os.waitpid(child, 0)[1] for child in children]
     assert statuses == [0] * count, errors.read_text()
+    assert "strides" not in errors.read_text(), "a warning of DistributedDataParallel"
 
 
 @functools.cache
@@ -6159,7 +6182,7 @@ def test_a_run_says_what_trains_on_what_and_how_long():
     printed = train_here(flags)
 
     lines = printed.splitlines()
-    assert printed.startswith(what_trains(small_model()) + "\n")
+    assert what_trains(small_model()) + "\n" in printed
     assert "refcoco: 6 objects an epoch, 2 objects of val" in lines
     assert "6 steps of 4 pairs over 1 process(es) on cpu" in lines
 
@@ -6183,9 +6206,10 @@ def test_a_progress_line_is_right_by_hand():
     left, which is 17 seconds; 120 pairs of 80 objects an epoch are 1.5 epochs."""
     printed = io.StringIO()
     with patch("time.monotonic", side_effect=[100.0, 102.0]), redirect_stdout(printed):
-        log = TrainingLog(new_folder(), 10, 200, small_config(batch_size=4, epochs=10))
+        cfg = small_config(batch_size=4, epochs=10, out=str(new_folder()))
+        log = TrainingLog(cfg, objects=80, step=10, total=200)
 
-        log.add_step(30, objects=80, loss=0.25, norm=1.5, lr=5e-4)
+        log.add_step(30, loss=0.25, norm=1.5, lr=5e-4)
 
     line = printed.getvalue()
     assert line.startswith("epoch  1.50/10  step 30/200  loss 0.2500  lr 5.0e-04  gradient 1.50")
@@ -6196,9 +6220,10 @@ def test_a_run_never_counts_more_epochs_than_it_has():
     """The last step of one epoch of 30 objects ends with its 32nd pair."""
     printed = io.StringIO()
     with redirect_stdout(printed):
-        log = TrainingLog(new_folder(), 0, 8, small_config(batch_size=4, epochs=1))
+        cfg = small_config(batch_size=4, epochs=1, out=str(new_folder()))
+        log = TrainingLog(cfg, objects=30, step=0, total=8)
 
-        log.add_step(8, objects=30, loss=0.5, norm=1.0, lr=1e-3)
+        log.add_step(8, loss=0.5, norm=1.0, lr=1e-3)
 
     assert printed.getvalue().startswith("epoch  1.00/1  step 8/8")
 
@@ -6208,9 +6233,10 @@ def test_a_terminal_shows_one_line_written_over_and_over():
     terminal = io.StringIO()
     terminal.isatty = Mock(return_value=True)
     with redirect_stdout(terminal):
-        log = TrainingLog(new_folder(), 0, 20, small_config())
-        log.add_step(1, objects=8, loss=0.5, norm=1.0, lr=1e-3)
-        log.add_step(2, objects=8, loss=0.5, norm=1.0, lr=1e-3)
+        cfg = small_config(out=str(new_folder()))
+        log = TrainingLog(cfg, objects=8, step=0, total=20)
+        log.add_step(1, loss=0.5, norm=1.0, lr=1e-3)
+        log.add_step(2, loss=0.5, norm=1.0, lr=1e-3)
         log.add_scores(2, 1, {"mIoU": 0.5, "oIoU": 0.25}, improved=False)
 
     first, second, rest = terminal.getvalue().split("\r")
@@ -6318,37 +6344,20 @@ def write_log(losses: list[float], scores: list[float]) -> Path:
 
 def test_curves_pass_through_their_points():
     """By hand: both plots are 390 x 300 pixels, the corner of the first at (70, 340), of the second
-    at (550, 340). 100 steps are their width, a loss of 2 and a mIoU of 0.5 their height."""
+    at (550, 340). 100 steps are their width, a loss of 1.7 and a mIoU of 0.4 their height."""
     log = write_log(losses=[1.7, 1.2, 0.8, 0.6, 0.5], scores=[0.2, 0.4])
     path = log.parent / "curves.png"
 
-    draw_curves([log], path)
+    draw_curves(log, path)
 
     sheet = np.array(Image.open(path))  # (H, W, 3)
-    colour = CURVE_COLOURS[0]
+    height = 300 / 1.7  # pixels of a nat
     for k, loss in enumerate([1.7, 1.2, 0.8, 0.6, 0.5], start=1):
-        assert is_coloured(sheet, 70 + 78 * k, 340 - 150 * loss, colour), f"loss {loss}"
-    assert is_coloured(sheet, 70 + 117, 340 - 150 * 1.45, colour), "between two points"
-    assert is_coloured(sheet, 550 + 195, 340 - 600 * 0.2, colour)
-    assert is_coloured(sheet, 550 + 390, 340 - 600 * 0.4, colour)
-    assert not is_coloured(sheet, 70 + 78, 340 - 150 * 0.8, colour), "far from the curve"
-
-
-def test_two_runs_have_a_colour_each():
-    """The sheet compares runs: each curve in its own colour, and its file's name in that colour."""
-    one = write_log(losses=[2, 2], scores=[0.5, 0.5])
-    other = write_log(losses=[1, 1], scores=[0.25, 0.25])
-    path = one.parent / "curves.png"
-
-    draw_curves([one, other], path)
-
-    sheet = np.array(Image.open(path))
-    for k, height in enumerate((300, 150)):
-        assert is_coloured(sheet, 70 + 292, 340 - height, CURVE_COLOURS[k])
-        assert is_coloured(sheet, 550 + 292, 340 - height, CURVE_COLOURS[k])
-        legend = sheet[380 + 20 * k : 400 + 20 * k]
-        assert (legend == CURVE_COLOURS[k]).all(axis=-1).sum() > 50
-    assert sheet.shape == (430, 960, 3)
+        assert is_coloured(sheet, 70 + 78 * k, 340 - height * loss, CURVE_COLOUR), f"loss {loss}"
+    assert is_coloured(sheet, 70 + 117, 340 - height * 1.45, CURVE_COLOUR), "between two points"
+    assert is_coloured(sheet, 550 + 195, 340 - 750 * 0.2, CURVE_COLOUR)
+    assert is_coloured(sheet, 550 + 390, 340 - 750 * 0.4, CURVE_COLOUR)
+    assert not is_coloured(sheet, 70 + 78, 340 - height * 0.8, CURVE_COLOUR), "far from the curve"
 
 
 def test_one_score_is_seen_too():
@@ -6356,48 +6365,33 @@ def test_one_score_is_seen_too():
     log = write_log(losses=[1, 1, 1, 1, 1], scores=[0.5])
     path = log.parent / "curves.png"
 
-    draw_curves([log], path)
+    draw_curves(log, path)
 
     sheet = np.array(Image.open(path))
-    assert (sheet[:360, 540:] == CURVE_COLOURS[0]).all(axis=-1).any()
+    assert (sheet[:360, 540:] == CURVE_COLOUR).all(axis=-1).any()
 
 
-def test_axes_are_labelled_with_round_numbers():
-    """By hand: the largest loss is 1.7, so the axis ends at 2; the largest score 0.4, so at 0.5."""
-    log = write_log(losses=[1.7, 1.2, 0.8, 0.6, 0.5], scores=[0.2, 0.4])
+def test_axes_are_labelled():
+    """By hand: the largest loss is 1.93, so the axis ends at 2; of scores of 0 there is no largest,
+    so theirs ends at 0.1. Each has five equal steps."""
+    log = write_log(losses=[1.93, 1.2, 0.8, 0.6, 0.5], scores=[0.0, 0.0])
     texts = {}  # what is written -> the places
 
     def record(self, xy, text, *others, **options):
-        texts.setdefault(text.strip(), []).append(xy)
+        texts.setdefault(text, []).append(xy)
 
     with patch("PIL.ImageDraw.ImageDraw.text", record):
-        draw_curves([log], log.parent / "curves.png")
+        draw_curves(log, log.parent / "curves.png")
 
     sheet = np.array(Image.open(log.parent / "curves.png"))
     steps = ["0", "20", "40", "60", "80", "100"]
-    rising = ["0.4", "0.8", "1.2", "1.6", "2", "0.1", "0.2", "0.3", "0.5"]
-    titles = ["training loss, nats, by step", "val mIoU by step", str(log)]
-    assert set(texts) == {*steps, *rising, *titles}
+    rising = ["0.4", "0.8", "1.2", "1.6", "2", "0.02", "0.04", "0.06", "0.08", "0.1"]
+    assert set(texts) == {*steps, *rising, "training loss, nats, by step", "val mIoU by step"}
     assert texts["100"] == [(460, 346), (940, 346)]
-    assert texts["2"] == [(70, 40)]
-    assert texts["0.5"] == [(550, 40)]
+    assert texts["2"] == [(62, 40)]
+    assert texts["0.1"] == [(542, 40)]
     for y in (40, 100, 160, 220, 280, 340):
-        assert tuple(sheet[y, 72]) == (220, 220, 220), "a grey line at each label"
-
-
-def test_an_axis_ends_at_1_2_or_5_times_a_power_of_ten():
-    ends = [round_up(value) for value in (0.013, 0.03, 0.7, 1, 1.01, 3, 7, 60)]
-
-    assert np.allclose(ends, [0.02, 0.05, 1, 1, 2, 5, 10, 100], rtol=1e-9)
-
-
-def test_a_log_that_is_missing_is_named():
-    path = new_folder() / "log.jsonl"
-
-    message = error_of(OSError, draw_curves, [path], path.parent / "curves.png")
-
-    assert str(path) in message
-    assert "run python train.py" in message
+        assert tuple(sheet[y, 75]) == (220, 220, 220), "a grey line at each label"
 
 
 # ---- benchmark and tables ----
@@ -6425,6 +6419,14 @@ def test_benchmark_of_training_prints_one_line_of_json():
     rounding = 0.001 + 0.001 / peak
     assert abs(result["share_of_peak"] - result["tflops"] / peak) < rounding
     assert not out.exists()
+
+
+def test_a_benchmark_where_memory_is_not_told_says_so():
+    """Python on Windows has no module `resource`: null in place of a number, not an error."""
+    with patch.dict("sys.modules", resource=None):
+        (line,) = train_here(small_run(benchmark=1)).splitlines()
+
+    assert json.loads(line)["peak_memory_gib"] is None
 
 
 def test_benchmark_counts_the_arithmetic_of_a_step():
@@ -6612,28 +6614,26 @@ def test_labels_say_what_lies_where():
 
 def test_the_image_encoder_is_pretrained_without_any_phrase():
     """Else stage two would have less to do than the paper's adapters. The loss must fall, too."""
-    config = small_config(workers=0)
-    vision = method_model("full").vision  # nothing is frozen
-    before = copy.deepcopy(vision.state_dict())
+    model = method_model("full", workers=0)  # nothing is frozen
+    before = model.vision.blocks[0].mlp.fc1.weight.clone()
 
     with (
         quick_pretraining(),
         patch("train.IMAGE_STEPS", 80),
         patch("data.find_nouns", side_effect=AssertionError("a phrase")),
     ):
-        losses = pretrain_image_encoder(vision, config, CPU)
+        losses = pretrain_image_encoder(model)
 
     assert sum(losses[-5:]) < 0.9 * sum(losses[:5]), losses
-    assert not torch.equal(vision.blocks[0].mlp.fc1.weight, before["blocks.0.mlp.fc1.weight"])
+    assert not torch.equal(model.vision.blocks[0].mlp.fc1.weight, before)
 
 
 def test_the_text_encoder_is_pretrained_without_any_picture():
     """It reads phrases alone; no scene is rendered. The loss must fall."""
-    config = small_config(workers=0)
-    model = new_model(config)
+    model = new_model(small_config(workers=0))
 
     with quick_pretraining(), patch("data.render", side_effect=AssertionError("a picture")):
-        losses = pretrain_text_encoder(model.text, model.tokenizer, config, CPU)
+        losses = pretrain_text_encoder(model)
 
     assert sum(losses[-5:]) < 0.9 * sum(losses[:5]), losses
 
@@ -6731,53 +6731,101 @@ def test_the_first_lines_say_what_is_frozen_and_what_trains():
     assert "adapters 2,694,048 (1.8% of the encoders)" in lines[1]
 
 
-def table_config(out: str, path: str) -> Config:
-    settings = {"dataset": "shapes", "workers": 0, "weights": path, "out": out, "batch_size": 16}
-    return small_config(**settings, table=3, seeds=1)
+def row_config(path: str) -> Config:
+    """A row of a table on the small encoders of this file."""
+    out = str(new_folder())
+    return small_config(dataset="shapes", workers=0, weights=path, out=out, batch_size=16)
 
 
 def test_a_row_that_is_done_is_read_and_not_trained_again():
     """A table takes an hour; it goes on where it stopped."""
     path, _ = pretrained_file()
-    config = table_config(str(new_folder()), path)
+    config = row_config(path)
 
     with patch.dict("data.SHAPES", train=32, val=16):
-        first = train_row(config, "both", TINY_TABLES[3]["both"], 0, 1e-3)
+        first = train_row(config, 0, 1e-3)
     with patch("train.train", side_effect=AssertionError("trained again")):
-        again = train_row(config, "both", TINY_TABLES[3]["both"], 0, 1e-3)
+        again = train_row(config, 0, 1e-3)
 
-    assert again == json.loads(json.dumps(first))
-    assert first["trained"] > 0 and 0 <= first["mIoU"] <= 1
+    assert again == first == read_log(Path(config.out, "seed0-lr0.001"))[-1]["mIoU"]
+
+
+def test_a_row_that_was_interrupted_goes_on():
+    """Stopped in the second of two steps and called again, it gives what a whole run gives."""
+    path, _ = pretrained_file()
+    whole = row_config(path)
+    part = row_config(path)
+    second = signal_at_call(2, signal.SIGTERM, train_step)
+
+    with patch.dict("data.SHAPES", train=32, val=16):
+        expected = train_row(whole, 1, 1e-3)
+        with patch("train.train_step", second):
+            error_of(SystemExit, train_row, part, 1, 1e-3)
+        with patch("train.train_step", side_effect=AssertionError("a third step")):
+            found = train_row(part, 1, 1e-3)
+
+    assert found == expected
+    assert_equal_runs(Path(whole.out, "seed1-lr0.001"), Path(part.out, "seed1-lr0.001"))
 
 
 def test_a_table_in_a_folder_of_other_settings_is_refused():
     """Else two tables would mix their rows without a word."""
     path, _ = pretrained_file()
-    out = str(new_folder())
-    row = TINY_TABLES[3]["both"]
+    config = row_config(path)
     with patch.dict("data.SHAPES", train=32, val=16):
-        train_row(table_config(out, path), "both", row, 0, 1e-3)
-    other = table_config(out, path)
-    other.decoder_depth = 1
+        train_row(config, 0, 1e-3)
+    config.decoder_depth = 1
 
-    message = error_of(ValueError, train_row, other, "both", row, 0, 1e-3)
+    message = error_of(ValueError, train_row, config, 0, 1e-3)
 
     assert "other settings" in message
+
+
+def test_a_small_table_trains_each_row_with_each_seed_and_rate():
+    """What is called, and by hand what is printed, for scores that depend on rate and seed alone:
+    0.5 and 0.54 for two seeds, mean 52.0 and deviation 2.8; the best rate is 3e-4, with 0.6."""
+    calls = []
+
+    def score(cfg, seed, rate):
+        calls.append((cfg.out, cfg.method, cfg.visual_rank, seed, rate))
+        if seed:
+            return 0.54
+        return {3e-4: 0.6, 6e-4: 0.5, 1.2e-3: 0.4}[rate]
+
+    printed = io.StringIO()
+    with patch("train.train_row", score), redirect_stdout(printed):
+        train_table(["--preset", "tiny", "--table", "2", "--seeds", "2", "--out", "there"])
+
+    lora = [call[1:] for call in calls if call[0] == str(Path("there", "table2", "lora"))]
+    runs = [(0, 6e-4), (1, 6e-4), (0, 3e-4), (0, 6e-4), (0, 1.2e-3)]
+    assert lora == [("lora", 68, seed, rate) for seed, rate in runs]
+    lines = printed.getvalue().splitlines()
+    assert [line.split()[0] for line in lines] == ["row", *TINY_TABLES[2]]
+    (line,) = lines_with(printed.getvalue(), "lora")
+    assert line.split()[1:] == ["52.0", "2.8", "60.0", "0.0003", "208,896", "13.9%", "73.4"]
+
+
+def test_every_row_of_the_small_tables_is_a_model():
+    """A row that is refused after an hour of others would be a nuisance."""
+    for rows in TINY_TABLES.values():
+        for _, flags in rows.values():
+            with torch.device("meta"):
+                DCRIS(parse_config(["--preset", "tiny", *flags.split()]))
 
 
 def test_slow_adapters_beat_a_fixed_backbone():
     """The paper's claim in a two-minute miniature: frozen < DCRIS, on the same frozen encoders."""
     path = str(new_folder() / "encoders.pt")
     config = Config(**PRESETS["tiny"] | {"weights": path, "workers": 0, "out": str(new_folder())})
-    config.table = 2
     scores = {}
 
     with patch.multiple("train", SCENE_BATCHES=60, IMAGE_STEPS=400, PHRASES=1200, TEXT_STEPS=150):
         pretrain(config, CPU)
-    rows = {"frozen": TINY_TABLES[2]["frozen"], "lora": TINY_TABLES[2]["lora"], "dcris": {}}
     with patch.dict("data.SHAPES", train=4000, val=300):
-        for row, settings in rows.items():  # dcris: with the preset's own ranks
-            scores[row] = train_row(config, row, settings, 0, config.lr)["mIoU"]
+        for method in ("frozen", "dcris"):  # dcris: with the preset's own ranks
+            config.out = str(new_folder())
+            config.method = method
+            scores[method] = train_row(config, 0, config.lr)
 
     assert scores["frozen"] + 0.03 < scores["dcris"], scores
     assert scores["dcris"] > 0.2, scores
@@ -7191,10 +7239,10 @@ def soak(minutes: float) -> bool:
         parts.append(np.mean(work.measured[first:], axis=0))
         print(work.line(work.measured[first:]), flush=True)
     growth = parts[-1] / parts[1]
-    print(
-        f"from the second line to the last: memory x{growth[0]:.3f}, files x{growth[1]:.3f}, CPU x{growth[2]:.3f}"
-    )
-    return bool(growth[0] > 1.05 or growth[1] > 1.05 or growth[2] > 1.2)
+    memory, files, seconds = growth
+    print(f"from the second line to the last: memory x{memory:.3f}, files x{files:.3f}, ", end="")
+    print(f"CPU x{seconds:.3f}")
+    return bool(memory > 1.05 or files > 1.05 or seconds > 1.2)
 
 
 def test_rounds_of_training_scoring_and_segmenting_leave_nothing_open():
@@ -7405,7 +7453,8 @@ def pillows_readings(path: Path) -> list[Image.Image]:
     """The photo as Pillow alone reads it; none where it cannot. Where its EXIF is too broken for
     exif_transpose, any way up counts: viewers differ there too."""
     try:
-        with Image.open(path) as file:
+        # not by its path: Pillow would map some TIFFs into memory and take height for width
+        with Image.open(io.BytesIO(path.read_bytes())) as file:
             image = file.copy()
             exif = file.getexif()
         try:
