@@ -2,7 +2,7 @@
 
 First the paper's two adapters, then the blocks they are made of, then the rivals of the paper's
 Table 2. `add_adapters` at the end says which method puts what into which place of the encoders.
-"differs" marks, in any file, where we depart on purpose from the work named beside it.
+A comment "differs", in any file, marks where we depart on purpose from the work that it names.
 
 Axes: B image-sentence pairs; S image tokens (one class token, R registers, N = h * w patches); L
 text tokens; C image width; D text width; r the adapter's reduced width ("dim" in the paper's
@@ -49,8 +49,9 @@ class DenseCrossAdapter(nn.Module):
         dense = branches + patches  # F_dense: (B, N, r)
         cross = self.cross(dense, words) + patches  # F_cross: (B, N, r)
 
-        # Convolution and attention are for patches only. The paper says nothing of the other
-        # tokens; the authors' code adds F_v to every token at the end, so these get F_v twice.
+        # Convolution and attention are for patches only. The paper does not say what the class
+        # token and the registers get. In the authors' code they skip both and stay F_v. At the end
+        # F_v is added to every token, so they become 2 F_v.
         doubled = prefix + prefix  # (B, 1 + R, r)
         return self.up(torch.cat([doubled, cross], dim=1))  # f_dc: (B, S, C)
 
@@ -92,7 +93,7 @@ class DenseTextAdapter(nn.Module):
         start, rest = reduced.split([1, x.shape[1] - 1], dim=1)
         branches = self.dense(rest.transpose(1, 2)).transpose(1, 2)  # (B, L - 1, r)
         joined = torch.cat([start, branches], dim=1)
-        return self.up(joined + reduced)  # so the start token, as in their code, counts twice
+        return self.up(joined + reduced)  # the start token is doubled, as in their code
 
 
 # ---- what the adapters are made of ----
@@ -102,8 +103,8 @@ class DenseBranches(nn.Module):
     """The densely connected convolutions of Eq. 1, up to "+ F_v", which their caller adds.
 
     Each kernel size reads the input and the outputs of all smaller ones. The paper gives the
-    kernels; the widths (r/2, r/4, r/4, and r/16 in between), BatchNorm with eps 1e-3 and ReLU are
-    the authors' code's.
+    kernels; the widths (r/2, r/4, r/4; r/16 between a branch's two layers), BatchNorm with eps 1e-3
+    and ReLU are the authors' code's.
 
     F_v: (B, r, h, w). Returns (F_v1, F_v2, F_v3): (B, r, h, w). With dims=1 (B, r, L) becomes
     (B, r, L).
@@ -216,11 +217,11 @@ class Attention(nn.Module):
         return F.linear(x, weight, bias).unflatten(-1, (self.n_head, -1)).transpose(1, 2)
 
     def of_one_key(self, value):
-        """What forward returns for every query where there is one key only. (B, C) -> (B, C).
+        """The same as forward where there is one key: (B, C) -> (B, C), alike for every query.
 
-        The plain form is `self(query, value[:, None], value[:, None])`. With one key the softmax
-        over keys is 1 whatever the query is, so the answer is the projected value. The query and
-        key weights are not read; their gradient is zero either way.
+        The plain form is `self(query, value[:, None], value[:, None])` for any query. The softmax
+        over one key is 1, so the answer is the projected value. Query and key weights are not
+        needed, and their gradient would be zero.
         """
         value_weight = self.in_proj_weight.chunk(3)[2]
         value_bias = self.in_proj_bias.chunk(3)[2]
@@ -288,15 +289,17 @@ def batch_norm_over_processes(x, bn):
         bn.running_var.lerp_(unbiased.flatten(), bn.momentum)
         bn.num_batches_tracked.add_(1)
 
-    normed = ((x - mean) * (var + bn.eps).rsqrt()).to(x.dtype)
-    return normed * bn.weight.view(mean.shape) + bn.bias.view(mean.shape)
+    normed = (x - mean) * (var + bn.eps).rsqrt()
+    scaled = normed * bn.weight.view(mean.shape) + bn.bias.view(mean.shape)
+    return scaled.to(x.dtype)
 
 
 class SumOverProcesses(torch.autograd.Function):
     """The sum of a tensor over all processes.
 
-    Every process goes on with the sum, so the way back is the way there: the gradient is the sum of
-    all processes' gradients. torch's own sum with a gradient refuses to be compiled.
+    Every process computes its loss from the sum. So the gradient of each x is the sum of the
+    gradients of all processes, and backward is the same all_reduce as forward. torch's own
+    all_reduce with a gradient cannot be compiled.
     """
 
     @staticmethod
@@ -347,7 +350,7 @@ class HoulsbyAdapter(nn.Module):
 
 
 class Compacter(nn.Module):
-    """Compacter (Karimi Mahabadi et al. 2021): Houlsby's adapter of hypercomplex layers."""
+    """Compacter (Karimi Mahabadi et al. 2021): Houlsby's adapter, its layers hypercomplex."""
 
     def __init__(self, width, rank, A):
         super().__init__()
@@ -382,6 +385,7 @@ class HypercomplexLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         n = len(self.A)
         groups = x.unflatten(-1, (n, -1))  # (B, S, n, inputs / n)
+        # i: term of the sum. p, q: row and column of A_i. c: row of s_i. d: column of t_i. k: rank.
         mixed = torch.einsum("...pc,ick,ipq->...iqk", groups, self.s, self.A)  # (B, S, n, n, k)
         outputs = torch.einsum("...iqk,ikd->...qd", mixed, self.t)  # (B, S, n, outputs / n)
         return outputs.flatten(-2) + self.b
@@ -394,11 +398,12 @@ def glorot_uniform(n, rows, columns):
 
 
 class EtrisBridge(nn.Module):
-    """One stage of ETRIS's Bridger (Xu et al. 2023), which joins the encoders in step.
+    """One stage of ETRIS's Bridger (Xu et al. 2023), which joins the encoders at several depths.
 
-    patches: (B, N, C). words: (B, L, D). before: this stage's v and t of the stage before, or None.
+    patches: (B, N, C). words: (B, L, D). before: the (v, t) that the stage before returned, or None
+    in the first stage.
     Returns what to add to the patches, what to add to the words, and this stage's own (v, t):
-    v (B, N, r) and t (B, L, r) are what its attentions read.
+    v (B, N, r) and t (B, L, r), which its two attentions read.
     """
 
     def __init__(self, width, text_width, rank, first):
@@ -459,12 +464,13 @@ def adapter_keys(module):
 def add_adapters(image_blocks, text_blocks, cfg):
     """Put what cfg.method asks for into the slots of the blocks that cfg's layers name.
 
-    cfg: model.Config. "frozen" and "etris" put nothing into blocks (see etris_bridges). "full"
-    trains the encoders themselves; METHODS gives it no layers, and where a preset or a flag names
-    some, it gets the paper's adapters there as well.
+    cfg: model.Config. "frozen" adds nothing. "etris" adds nothing to blocks, see etris_bridges.
+    "full" trains the encoders themselves, and METHODS gives it no layers. If a preset or a flag
+    names layers for it, the paper's adapters go into these, too.
     """
-    # One for all layers of both encoders. It is drawn whatever the method, since a draw moves all
-    # that come after it: so the seeds behind the README's tables still give its numbers.
+    # Compacter has one A for all layers of both encoders. It is drawn for every method, although
+    # only Compacter reads it: without this draw all later random numbers would be others, and the
+    # README's tables could not be repeated.
     compacter_A = nn.Parameter(0.01 * torch.randn(4, 4, 4))
     has_papers_adapters = cfg.method in ("dcris", "full")
 

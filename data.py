@@ -4,7 +4,7 @@
     photo -> open_image -> letterbox -> uint8 (size, size, 3)
     COCO polygons, RLE or PNG -> read_mask -> bool (H, W) -> letterbox_mask -> uint8 (size, size)
     RefCOCO's files, a .jsonl file or rendered shapes -> open_dataset -> Dataset of objects
-    Dataset -> TrainBatches or EvalBatches -> make_loader -> one dict of tensors a batch
+    Dataset -> TrainBatches or EvalBatches -> make_loader -> a dict for each batch
 
 Below that: a cache of photos, reading and writing files, how all programs report an error.
 """
@@ -54,9 +54,9 @@ ODD_LETTERS = {"ſ": "s", "\u0345": " "}  # CLIP's pattern takes one for an s, a
 VOCABULARY_BYTES = 8 << 20  # CLIP's file unpacks to 3 MB; no more than this is unpacked
 
 
+COMPATIBLE = [*map(chr, range(0xFF01, 0xFFF0)), *"ĲĳǱǲǳǄǅǆǇǈǉǊǋǌﬀﬁﬂﬃﬄﬆ\u3000"]
 # a character -> what ftfy writes for it: full-width letters become narrow, ligatures come apart,
 # curly quotes become straight
-COMPATIBLE = [*map(chr, range(0xFF01, 0xFFF0)), *"ĲĳǱǲǳǄǅǆǇǈǉǊǋǌﬀﬁﬂﬃﬄﬆ\u3000"]
 REPLACEMENTS = {letter: normalize("NFKC", letter) for letter in COMPATIBLE}
 REPLACEMENTS |= dict.fromkeys("ʼ‘’‚‛", "'") | dict.fromkeys("“”„‟", '"')
 REPLACEMENTS |= {"ﬅ": "ſt", "ŉ": "'n"}
@@ -70,9 +70,10 @@ class Tokenizer:
     needed: every word has one id, made from its checksum.
     """
 
-    # differs: CLIP calls the package `ftfy` first. What it does to sound text is in PLAIN_LETTERS;
-    # its repair of broken encodings, its removal of control characters and terminal escapes, and
-    # its own unescaping of HTML before CLIP's two are left out. Other text gets CLIP's ids.
+    # differs: CLIP calls the package `ftfy` first. We do what it does to undamaged text, see
+    # PLAIN_LETTERS. We leave out three things: its repair of broken encodings, its removal of
+    # control characters and terminal escapes, and its own unescaping of HTML before CLIP's two. A
+    # text that needs none of the three gets CLIP's ids.
 
     def __init__(self, vocab_path: str | Path | None = None, vocab_size: int = 49408):
         self.vocab_size = vocab_size
@@ -126,8 +127,9 @@ class Tokenizer:
         """Byte-pair encoding: while any two neighbours are a pair of the file, join the best pair.
 
         For "dog": d o g</w> -> d og</w> -> dog</w> -> [1929]. CLIP joins the best pair in all its
-        places at once. One place at a time, from the left, comes to the same: a pair stands in the
-        file after the pairs that its halves were joined from.
+        places at once, we in one place at a time, from the left. The result is the same: a join
+        only makes new pairs that stand later in the file, so the best pair stays the best until all
+        its places are joined.
         """
         symbols = [self.letters[byte] for byte in letters]
         symbols[-1] += "</w>"  # marks the end of a word
@@ -145,7 +147,7 @@ class Tokenizer:
         fix = "run python weights.py dcris_b, or put CLIP's file of this name there"
         self.ranks = read_file(path, read_merges, fix)
 
-        # the ids count 256 bytes, the same at the end of a word, then what each pair joins to
+        # ids: the 256 bytes, then the same with </w> (end of a word), then one for each pair
         self.letters = letters_of_bytes()
         symbols = list(self.letters.values())
         symbols += [letter + "</w>" for letter in symbols]
@@ -316,9 +318,9 @@ def letterbox(image: Image.Image, size: int, rule: str = "aligned") -> np.ndarra
 def letterbox_detris(image, size, border, method):
     """The letterbox of the authors' release, which is cv2.warpAffine.
 
-    It counts pixels by their index, not their centre: if the photo begins at index b of the square,
-    maybe between two pixels, index i of the square shows index (i - b) / scale of the photo.
-    affine_grid and grid_sample count from -1 to 1, from edge to edge; there the same rule reads
+    It counts pixels by their index, not by their centre. The photo begins at index b of the square;
+    b may be a fraction. Pixel i of the square shows index (i - b) / scale of the photo. affine_grid
+    and grid_sample count from -1 at one edge to 1 at the other. There the same rule is
     x -> zoom * x + shift.
     """
     scale = min(size / image.width, size / image.height)
@@ -352,7 +354,7 @@ def read_mask(mask, height, width):
 def read_mask_picture(file):
     """An open PNG or TIFF -> bool (H, W): what is neither black nor transparent is the object.
 
-    The colours decide, not the numbers a palette gives them, in which black may have any number.
+    With a palette we look at the colours, not at their numbers: black may have any number.
     """
     image = turn_upright(open_picture(file, MASK_FORMATS))
     if image.mode == "L" or image.mode.startswith(("I", "F")):  # grey, of 8 or more bits
@@ -409,7 +411,7 @@ def read_runs(rle, height, width):
     if isinstance(counts, (str, bytes)):
         counts = unpack_counts(counts)
 
-    with contextlib.suppress(TypeError, ValueError):  # what is no list of numbers does not fit
+    with contextlib.suppress(TypeError, ValueError):  # raised by what is no list of numbers
         adds_up = min(counts) >= 0 and sum(counts) == height * width
         are_whole = all(type(count) is int for count in counts)
         if adds_up and are_whole and rle.get("size") == [height, width]:
@@ -445,13 +447,13 @@ def unpack_counts(text):
 def read_polygons(segmentation):
     """COCO's polygons, or labelme's single [[x, y], [x, y], ...] -> corners, float64 (K, 2) each.
 
-    COCO's tools too want three corners of the first polygon alone.
+    Only the first polygon must have three corners; COCO's tools check no other, either.
     """
     with contextlib.suppress(TypeError, ValueError, LookupError, OverflowError):
         if len(segmentation[0]) == 2:
             segmentation = [segmentation]
         polygons = [np.asarray(numbers, np.float64).reshape(-1, 2) for numbers in segmentation]
-        # the way from (0, 0) along all corners; where a number is infinite or NaN, it is so too
+        # the length of the path from (0, 0) through all corners; NaN or infinite if any number is
         walks = [np.abs(np.diff(corners, axis=0, prepend=0)).sum() for corners in polygons]
         if len(polygons[0]) >= 3 and all(walk < 1e7 for walk in walks):
             return polygons
@@ -482,7 +484,8 @@ def polygon_flips(corners, height, width):
     step = np.arange(len(edge)) - (counts.cumsum() - counts)[edge]  # 0 at the start of an edge
     points = (starts[edge] + slopes[edge] * step[:, None] + 0.5).astype(np.int64)  # (M, 2)
 
-    # how many columns and rows of pixels have their middle before a point, none outside the photo
+    # For each point: how many pixel columns have their middle left of it, and how many rows above
+    # it. Columns and rows outside the photo do not count.
     columns, rows = ((points + 2) // 5).T
     columns = columns.clip(0, width)
     rows = rows.clip(0, height)
@@ -512,7 +515,7 @@ class Dataset:
     COCO's segmentation).
     """
 
-    phrases_per_photo = 1  # so many objects in a row have the same photo
+    phrases_per_photo = 1  # so many neighbouring objects share a photo
     endless = False  # True: an index beyond the length is a fresh object
     cache = None  # a PhotoCache, see cache_photos
 
@@ -563,7 +566,7 @@ class Dataset:
         return self.record(i)["id"]
 
     def files(self) -> set[str]:
-        """The paths of all photos and masks, for what must not write over them."""
+        """The paths of all photos and masks. evaluate.py refuses to write over them."""
         records = [self.record(i) for i in range(len(self))]
         masks = {record["mask"] for record in records if isinstance(record["mask"], str)}
         return masks | {record["photo"] for record in records}
@@ -724,7 +727,7 @@ class PlainUnpickler(pickle.Unpickler):
 
 
 def check_counts(name, split, refs, root):
-    """Whether all of the release is here. A mini set, less than 0.9 of it, may have any counts."""
+    """Raise ValueError unless all of the release is here, or a mini set of less than 0.9 of it."""
     objects, sentences = REFCOCO[name][split]
     found = len(refs)
     spoken = sum(len(ref["sentences"]) for ref in refs)
@@ -843,13 +846,13 @@ def line_record(entry, folder):
         "size": size,
         "photo": photo,
         "mask": mask,
-        "key": f"{photo} {os.path.getmtime(photo)}",  # so that a changed photo leaves its cache
+        "key": f"{photo} {os.path.getmtime(photo)}",  # a changed photo needs a new cache file
     }
 
 
 # ---- shapes: rendered scenes with phrases that need language; no file, no network ----
 
-FORMS = {  # corners, half width, half height; 40 corners look round
+FORMS = {  # corners; half axes of the ellipse through them, in radii. 40 corners look round
     "circle": (40, 1, 1),
     "square": (4, 1.25, 1.25),
     "bar": (4, 1.65, 0.75),
@@ -871,7 +874,12 @@ COLOURS = {
 }
 PALETTES = {"shapes": slice(4), "shapes_other": slice(4, 8)}  # the forms and colours that a set has
 SIZES = {"small": 0.11, "big": 0.17}  # radius, share of the scene's side
-SHAPES = {"train": 10000, "val": 1000, "testA": 1000, "testB": 1000}  # phrases; train: of an epoch
+SHAPES = {
+    "train": 10000,
+    "val": 1000,
+    "testA": 1000,
+    "testB": 1000,
+}  # phrases; of train in one epoch
 MARGIN = 0.05  # what a phrase compares differs by at least this share of the side
 
 
@@ -897,7 +905,7 @@ class Way(NamedTuple):
     side: str
 
     def place(self, thing):
-        """How far along this way a thing lies."""
+        """The place of a thing on this axis: the smaller, the further in this direction."""
         return self.sign * getattr(thing, self.axis)
 
 
@@ -910,8 +918,9 @@ WAYS = (
 
 
 class Shapes(Dataset):
-    """Rendered scenes of 3 to 5 things, four phrases a scene in a row; the same for the same seed.
+    """Rendered scenes of 3 to 5 things. Scene k has four phrases: objects 4 k to 4 k + 3.
 
+    The same seed gives the same scenes.
     Forms, colours and sizes repeat in a scene, so that a phrase has rivals. A third of the phrases
     name attributes, a third a relation, a third a position or an ordinal; testB has relations and
     ordinals only. train has a scene for any index, without end; the other splits have a fixed
@@ -979,7 +988,7 @@ def draw_scene(name, split, seed, k):
             kind = due[i % len(due)]
             if not options[kind]:
                 break
-            # first the thing, then its phrase: else a thing that many phrases fit came too often
+            # first the thing, then its phrase: else things that many phrases fit came too often
             meant = choose(rng, sorted({thing for thing, _ in options[kind]}))
             phrase = choose(rng, [text for thing, text in options[kind] if thing == meant])
             phrases.append((meant, phrase, kind))
@@ -992,7 +1001,10 @@ def choose(rng, options):
 
 
 def scatter(rng, palette):
-    """3 to 5 things that do not touch, of at most 3 forms and 3 colours of the palette."""
+    """3 to 5 things, of at most 3 forms and 3 colours of the palette.
+
+    Their centres lie apart; the edges of long ones may overlap a little, or be cut by the border.
+    """
     forms = rng.permutation(list(FORMS)[palette])[: rng.integers(2, 4)].tolist()
     colours = rng.permutation(list(COLOURS)[palette])[: rng.integers(2, 4)].tolist()
     wanted = rng.integers(3, 6)
@@ -1041,8 +1053,9 @@ def attribute_phrases(things, nouns):
 
 
 def relation_phrases(things, nouns):
-    """A noun phrase that fits several, and a thing beside which only one of them lies.
+    """A noun phrase that fits several things, a direction, and an anchor.
 
+    Only one of the several lies in that direction from the anchor.
     "red shape right of blue square" means 3, and not 0 or 1. "red circle left of blue square" is
     no such phrase, since it fits two; nor is "square right of blue square", since that leaves only
     one square to choose from.
@@ -1052,8 +1065,9 @@ def relation_phrases(things, nouns):
         if len(anchor_noun.split()) != 2:
             continue
         for way in WAYS:
-            end = way.place(things[anchor])
-            lead = [end - way.place(thing) for thing in things]  # over the anchor, along the way
+            anchor_place = way.place(things[anchor])
+            # above 0: the thing lies further in this direction than the anchor
+            lead = [anchor_place - way.place(thing) for thing in things]
             for noun, members in nouns.items():
                 others = members - {anchor}
                 ahead = [i for i in others if lead[i] > MARGIN]
@@ -1190,10 +1204,10 @@ class PairBatches(torch.utils.data.Dataset):
 
 
 class TrainBatches(PairBatches):
-    """Training batches by number, each a function of cfg.seed and its number alone.
+    """Training batches by number: cfg, rank, world and the number decide all that a batch holds.
 
-    A step has cfg.accumulate of them, its parts, and process `rank` of `world` gets its slice of
-    each. They read one endless stream: epoch after epoch, each object once an epoch, in a new
+    A step computes cfg.accumulate batches, called its parts. Of each part, every process gets an
+    equal slice. All read one endless stream: epoch after epoch, each object once an epoch, in a new
     order, with one of its sentences drawn at random. Objects that share a photo stay together.
     """
 
@@ -1251,10 +1265,11 @@ def draw_order(seed, epoch, objects, group):
 class EvalBatches(PairBatches):
     """All (object, sentence) pairs of a split, batch_size at a time.
 
-    pairs: all of them, those of a photo in a row, so that a batch decodes it once. text_pairs: the
-    pair whose sentence is read for each pair: its own, or with shuffle that of a pair half a split
-    further on, which is about another photo unless one photo has most of them. chunks: for each
-    batch of process `rank` of `world` the numbers of its pairs.
+    pairs: all pairs. Those of one photo are neighbours, so that a batch decodes it once.
+    text_pairs: for each pair, the pair that its sentence is taken from. Normally that is itself.
+    With shuffle it is the pair half a split further on, which has another photo, unless one photo
+    has more than half of all pairs.
+    chunks: the batches of process `rank` of `world`, each as the numbers of its pairs.
     """
 
     def __init__(self, dataset, tokenizer, cfg, batch_size, rank=0, world=1, shuffle=False):
@@ -1316,7 +1331,7 @@ def to_image(photos):
 
 # ---- loader processes ----
 
-LOADER_SECONDS = 300  # so long one batch may take
+LOADER_SECONDS = 300  # the longest that one batch may take
 
 
 def make_loader(batches, numbers, workers, pin_memory=False):
@@ -1328,7 +1343,7 @@ def make_loader(batches, numbers, workers, pin_memory=False):
         num_workers=workers,
         collate_fn=leave_as_it_is,
         prefetch_factor=4 if workers else None,
-        timeout=LOADER_SECONDS if workers else 0,  # else one that died silently is waited for
+        timeout=LOADER_SECONDS if workers else 0,  # else a dead loader is waited for without end
         pin_memory=pin_memory,
         worker_init_fn=start_loader,
     )
@@ -1339,10 +1354,11 @@ def leave_as_it_is(batch):
 
 
 def start_loader(worker):
-    """A loader process leaves SIGTERM and Ctrl-C to its parent, and holds no lock in its place.
+    """A loader process ignores SIGTERM and Ctrl-C, and closes the locks that it inherited.
 
-    All processes of a job are sent these signals, and the parent needs its loaders to finish the
-    step. A loader may outlive a parent that was killed by seconds, in which a new run may begin.
+    All processes of a job get these signals, but the parent still needs its loaders, to finish the
+    step. If the parent is killed, its loaders live on for some seconds. Had they kept the lock on
+    --out, a new run could not begin in that time.
     """
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -1437,8 +1453,9 @@ def read_file(path, parse, fix):
 def write_whole(path: str | Path):
     """A file to write in a `with` block, whole or not at all: the path holds the old or the new.
 
-    It has a temporary name until the block ends, and one of its own, so that two writers never mix
-    their files. What a killed writer left is removed. Raises OSError where nothing was written.
+    Until the block ends, the file has a temporary name. Each writer's is different, so that two
+    writers never mix their files. What a killed writer left is removed. Raises OSError where
+    nothing was written.
     """
     path = Path(path)
     temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
@@ -1460,13 +1477,14 @@ def write_whole(path: str | Path):
 
 
 def remove_leftovers(path):
-    """Remove the temporary files of earlier writers of the path which live no longer."""
-    for leftover in path.parent.glob(f"{glob.escape(path.name)}.*.tmp"):
+    """Remove temporary files of this path whose writers are dead."""
+    digits = 32 * "[0-9a-f]"
+    for leftover in path.parent.glob(f"{glob.escape(path.name)}.{digits}.tmp"):
         with contextlib.suppress(OSError), lock(leftover, "ab", wait=False):
             leftover.unlink()
 
 
-LOCKS = []  # on folders, open as long as this process; its loader processes close their copies
+LOCKS = []  # on --out, until train.leave_folder; loader processes close their copies
 
 
 def lock(path, mode, wait=True):

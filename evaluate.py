@@ -3,7 +3,7 @@
     logits (B, 1, 4h, 4w) -> restore_probabilities -> threshold -> masks (H, W), as large as photos
     masks and annotations -> intersection and union of each sentence -> metrics -> report
 
-    python evaluate.py --split all --panels FILE.png          every split; on several GPUs: torchrun
+    python evaluate.py --split all --panels FILE.png          every split (several GPUs: torchrun)
     python evaluate.py --split val --shuffle_text             other photos' phrases: must score less
     python evaluate.py --compare A.pt B.pt --panels FILE.png  several checkpoints, side by side
     python evaluate.py --image a.jpg b.jpg --text "left piece slice" "a plate" --out FILE.png
@@ -313,8 +313,8 @@ def describe_sentences(batches, measured):
     dataset = batches.dataset
     rows = []
     sentences = zip(batches.pairs, batches.text_pairs, measured, strict=True)
-    for (i, sentence), (j, spoken), (inter, union, share, confidence) in sentences:
-        phrase = dataset.sentences(j)[spoken]
+    for (i, sentence), (j, text_sentence), (inter, union, share, confidence) in sentences:
+        phrase = dataset.sentences(j)[text_sentence]
         row = {
             "id": dataset.object_id(i),
             "sentence": sentence,
@@ -326,7 +326,7 @@ def describe_sentences(batches, measured):
             "inter": inter,
             "union": union,
             "empty": confidence == 0,
-            "groups": groups_of(phrase, dataset.kinds(j)[spoken], share),
+            "groups": groups_of(phrase, dataset.kinds(j)[text_sentence], share),
         }
         rows.append(row)
     return rows
@@ -505,7 +505,7 @@ def export(model, path):
 def time_scoring(model, dataset, args):
     """Sentences a second over the first args.benchmark objects, one by one and in batches.
 
-    Each is the fastest of four turns. They take turns, so that a busy machine slows both.
+    Each is the fastest of four runs. The two alternate, so that a busy machine slows both.
     """
     few = copy.copy(dataset)
     few.ends = dataset.ends[: args.benchmark + 1]
@@ -582,8 +582,9 @@ def end_processes():
 def precision(bf16, device):
     """What runs inside is autocast to bfloat16 where bf16 is True, else left in float32.
 
-    On a CPU attention is then computed in plain steps, since torch's fused one has a backward
-    pass that is slow in bfloat16; allow_fp16_bf16_reduction_math_sdp keeps them in bfloat16.
+    On a CPU, attention in bfloat16 is computed by its plain formula (SDPBackend.MATH): torch's
+    fused attention has a slow backward pass there. allow_fp16_bf16_reduction_math_sdp lets the
+    plain formula stay in bfloat16.
     """
     plain = bf16 and device.type == "cpu"
     torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(plain)
@@ -610,7 +611,7 @@ def splits_of(name, split):
 def score_splits(models, args, written):
     """Score each split with each model; print the tables and write the files that were asked for.
 
-    models: by their checkpoint on the command line. The panels show the last one's best and worst.
+    models: by their checkpoint on the command line. The last one's IoU chooses the panels' rows.
     """
     rank, _ = find_place()
     splits = splits_of(args.dataset, args.split)
@@ -684,7 +685,7 @@ def print_report(report, seconds):
 
 
 def segment_photos(model, args, written):
-    """A mask and an overlay for each photo and text, into the files of plan_files, two by two."""
+    """A mask and an overlay for each photo and text, into the files that plan_files named."""
     for path in args.image:
         read_file(path, read_upright_size, "put the photo there")  # its header, before any work
 
@@ -790,21 +791,20 @@ def plan_files(args):
     elif not args.benchmark:
         written = [path for path in (args.json, args.per_sentence, args.panels) if path]
 
-    for k, path in enumerate(written):
-        if os.path.isdir(path):
-            raise ValueError(f"{path} is a folder: name a file to write")
-        inputs = (args.checkpoint, *args.compare, args.dataset, *args.image)
-        refuse_to_overwrite([path], [*inputs, *written[:k]])
+    refuse_to_overwrite(written, (args.checkpoint, *args.compare, args.dataset, *args.image))
     return written
 
 
 def refuse_to_overwrite(written, kept):
-    """Raise ValueError where a file to be written is one of those to be kept."""
-    kept_files = {file_key(path): path for path in kept}
+    """Raise ValueError where a file to be written is a folder, one to be kept, or another such."""
+    taken = {file_key(path): path for path in kept}
     for path in written:
-        if file_key(path) in kept_files:
-            other = kept_files[file_key(path)]
-            raise ValueError(f"{path} would overwrite {other}: choose another name")
+        key = file_key(path)
+        if os.path.isdir(path):
+            raise ValueError(f"{path} is a folder: name a file to write")
+        if key in taken:
+            raise ValueError(f"{path} would overwrite {taken[key]}: choose another name")
+        taken[key] = path
 
 
 def file_key(path):

@@ -105,7 +105,8 @@ class Config:
     dropout: float = option(0.1, "dropout in the decoder and in the adapters' attention")
     calm_start: bool = option(False, "start with logits of about -3, as if all were background")
     mask_rule: str = option(
-        "aligned", "how masks change size: aligned (pixel centres) or detris (the authors' release)"
+        "aligned",
+        "how photos and masks change size: aligned (pixel centres) or detris (the authors')",
     )
     method: str = option("dcris", "what trains in the encoders: a row of the paper's Table 2")
 
@@ -219,8 +220,8 @@ PRESETS = {  # differences from the defaults, nothing else
 }
 
 EVERY = tuple(range(12))
-# Layers and ranks of Table 2's rows, chosen to give the paper's parameter counts: it prints nothing
-# else, and other choices would give them too. A preset's own layers and ranks go before these.
+# Layers and ranks of Table 2's rows. The paper prints only their parameter counts. These choices
+# give these counts, and others would, too. Where a preset names layers or ranks, those are taken.
 METHODS = {
     "dcris": {},
     "lora": {"visual_layers": EVERY, "visual_rank": 32, "text_layers": EVERY, "text_rank": 16},
@@ -238,7 +239,7 @@ METHODS = {
 
 
 def parse_config(argv: list[str] | None = None, saved: dict | None = None) -> Config:
-    """Defaults, then a preset (or the saved config of a checkpoint), then the flags.
+    """Defaults, the method's settings, a preset (or instead a saved config), then the flags.
 
     argv: flags without the program's name; None takes the command line's. A wrong flag or value
     prints one line to stderr and exits with status 2.
@@ -258,8 +259,8 @@ def parse_config(argv: list[str] | None = None, saved: dict | None = None) -> Co
         else:
             parser.add_argument(flag, type=f.type, choices=CHOICES.get(f.name), help=sentence)
 
-    # The flags are read twice: first for preset and method, whose settings are the defaults of the
-    # second reading. Only then comes --help, so that it can print them.
+    # The flags are read twice. The first reading finds preset and method; their settings become the
+    # defaults of the second. --help is added only then, so that it prints these defaults.
     named, _ = parser.parse_known_args(argv)
     settings = saved
     if saved is None:
@@ -282,7 +283,7 @@ CHOICES = {
     "schedule": ("step", "cosine"),
     "table": (0, 2, 3, 4, 5),
 }
-# All other whole numbers are 1 or more, and a fraction may always be 0.
+# These whole numbers may be 0; all others must be 1 or more. Every float may be 0.
 MAY_BE_ZERO = ("registers", "seed", "workers", "threads", "table", "benchmark")
 BELOW = {"dropout": 1, "warmup": 1, "seed": 2**32, "workers": 1025, "threads": 1025}
 DIVISORS = {
@@ -291,7 +292,8 @@ DIVISORS = {
     "text_width": "text_heads",
     "head_width": "head_heads",
 }
-# r / 16 channels inside Eq. 1, four pieces of a hypercomplex layer, eight heads
+# What a rank must be a multiple of: Eq. 1 has layers of r / 16 channels, Compacter cuts r into 4
+# pieces, ETRIS has 8 attention heads.
 RANK_UNITS = {"dcris": 16, "full": 16, "compacter": 4, "etris": 8}
 
 
@@ -330,6 +332,8 @@ def check_layers(cfg):
         refuse(cfg, "visual_rank", f"a multiple of {unit} with --method {cfg.method}")
     if cfg.text_layers and cfg.text_rank % unit:
         refuse(cfg, "text_rank", f"a multiple of {unit} with --method {cfg.method}")
+    if cfg.method == "compacter" and cfg.text_width % unit:
+        refuse(cfg, "text_width", f"a multiple of {unit} with --method compacter")
 
     depths = {
         "visual_layers": cfg.vision_depth,
@@ -373,7 +377,7 @@ class VisionTransformer(nn.Module):
         self.prefix_length = 1 + cfg.registers
         self.taps = cfg.taps
 
-        # dicts of one entry, here and in the text encoder, so that the released names fit
+        # ModuleDicts of one entry, also in the text encoder, give the released parameter names
         patch_layer = nn.Conv2d(3, C, cfg.patch_size, stride=cfg.patch_size)
         self.patch_embed = nn.ModuleDict({"proj": patch_layer})
         self.cls_token = nn.Parameter(torch.zeros(1, 1, C))
@@ -668,9 +672,10 @@ class Projector(nn.Module):
         F_l = kernel(sentence)                        # (9 * c + 1,)
         logits = F.conv2d(F_c[None], F_l[:-1].view(1, c, 3, 3), F_l[-1:], padding=1)
 
-    Both steps after `up` are linear. So each of the nine places of the kernel first takes in the
-    weights of mix, one matrix product makes nine maps, and F.fold shifts and adds them: mix costs
-    nothing, and pairs need no convolution each.
+    Both steps after `up` are linear, so F_c itself is never computed. Each of the nine places of
+    the kernel is multiplied by the weights of mix. One matrix product makes nine maps from the
+    large features. F.fold shifts the nine maps and adds them. This saves the pass of mix over all
+    pixels, and a convolution for each pair.
     """
 
     def __init__(self, cfg):
@@ -691,8 +696,9 @@ class Projector(nn.Module):
         c = large.shape[1]
         kernel, bias = self.kernel(sentence).split([9 * c, 1], dim=1)  # F_l: (B, 9 * c), (B, 1)
         kernel = kernel.unflatten(1, (c, 9)).transpose(1, 2)  # (B, 9, c)
-        # F.fold adds map k of pixel q to pixel q + k - 1; a convolution reads pixel p + k - 1 for
-        # pixel p. So the nine places are taken in the opposite order.
+        # Along one axis a kernel has the places k = 0, 1, 2. A convolution at pixel p reads pixel
+        # p + k - 1. F.fold goes the other way: it adds map k of pixel q to pixel q + k - 1. So the
+        # nine places are reversed first.
         kernel = kernel.flip(1)
 
         mixed_kernel = kernel @ self.mix.weight.flatten(1)  # (B, 9, c)
@@ -710,10 +716,10 @@ class UpConvBN(ConvBN):
         x = F.interpolate(x, scale_factor=2, mode="bilinear")
         return F.relu(self.bn(self.conv(x)))
 
-    Enlarging treats every channel alike and the convolution is a sum over its nine places. So the
-    channels can be mixed first, on a quarter of the pixels: `maps` holds C channels mixed for each
-    of the nine places. Then one matrix enlarges along x, shifts by the kernel's column and adds
-    the three columns, and the same matrix does it along y.
+    Enlarging treats every channel alike, so the channels can be mixed before it, on a quarter of
+    the pixels. `maps` holds the c output channels once for each of the kernel's nine places. Then
+    one matrix works along x: it enlarges, shifts by the kernel's column, and adds the three
+    columns. The same matrix does it along y.
     """
 
     def __init__(self, inputs, outputs, side):
@@ -794,7 +800,7 @@ class DCRIS(nn.Module):
         vision = self.vision
         text_blocks = list(self.text.transformer["resblocks"])
         text_done = 0
-        before = None  # what the bridge before fed to its attentions
+        before = None  # the (v, t) that the bridge before returned
 
         x = vision.embed(image)
         text_x = self.text.embed(tokens)
@@ -854,10 +860,10 @@ def resize_mask(mask, side, rule):
     """The mask at the logits' size: (B, 1, H, H) -> (B, 1, side, side).
 
     The paper does not say how. detris: the nearest pixel, as in the authors' release. aligned,
-    ours: the share of each cell that the mask covers, so targets at the edges lie between 0 and 1.
+    ours: how much of each logit's area the mask covers, from 0 to 1.
     """
     if rule == "detris":
         return F.interpolate(mask, side, mode="nearest")
-    # differs: exact area average, also where a cell is 3.5 pixels wide
-    fine = math.lcm(mask.shape[-1], side)  # every cell is a whole number of these pixels
+    # differs: exact area average, also where an area is 3.5 pixels wide
+    fine = math.lcm(mask.shape[-1], side)  # every area is a whole number of these pixels
     return F.adaptive_avg_pool2d(F.interpolate(mask, fine, mode="nearest"), side)

@@ -2318,7 +2318,7 @@ def test_an_unknown_key_of_a_line_is_refused_with_the_known_ones():
     """With "spilt" for "split" a test line would land in every split, and be trained on."""
     said = fault_of(spilt="test")
 
-    assert "line 2: its keys are image, mask, sentences, spilt;" in said
+    assert "line 2: unknown key 'spilt', did you mean 'split'?" in said
     assert "image, mask, sentences and maybe split" in said
 
 
@@ -2964,7 +2964,10 @@ def test_a_checkpoint_gives_the_same_model_back():
 def test_a_checkpoint_holds_all_that_resuming_needs():
     """A resumed run goes on from optimizer, step and best score; compared with what was saved."""
     model = small_model()
-    optimizer = torch.optim.Adam(model.parameters())
+    optimizer = torch.optim.Adam(model.projector.parameters())
+    for parameter in model.projector.parameters():
+        parameter.grad = torch.randn_like(parameter)
+    optimizer.step()
     path = new_folder() / "last.pt"
 
     save_checkpoint(path, model, optimizer=optimizer, step=7, best=0.5, validated=6)
@@ -2974,7 +2977,8 @@ def test_a_checkpoint_holds_all_that_resuming_needs():
     assert saved["best"] == 0.5
     assert saved["validated"] == 6
     assert saved["config"] == vars(model.config)
-    assert saved["optimizer"] == optimizer.state_dict()
+    for number, averages in optimizer.state_dict()["state"].items():
+        assert torch.equal(saved["optimizer"][number]["exp_avg"], averages["exp_avg"])
     assert saved["path"] == str(path)
 
 
@@ -5875,11 +5879,11 @@ def test_a_run_resumed_into_another_folder_takes_its_best_model_along():
     one = new_folder()
     other = new_folder()
     flags = small_run(data_root=make_refcoco())
-    with patch("train.validate", return_value=rows_of_score(5)):
+    with patch("train.validate", return_value=report_of_score(5)):
         train_here([*flags, "--epochs", "1", "--out", str(one)])
 
     resume = ["--resume", str(one / "last.pt"), "--out", str(other)]
-    with patch("train.validate", return_value=rows_of_score(4)):
+    with patch("train.validate", return_value=report_of_score(4)):
         train_here([*flags, *resume])
 
     assert (other / "best.pt").read_bytes() == (one / "best.pt").read_bytes()
@@ -6070,7 +6074,7 @@ def seeds_of_steps(rank: int, world: int, out: Path) -> list[int]:
     with (
         patch("train.start_processes", return_value=place),
         patch("train.train_step", record),
-        patch("train.validate", return_value=rows_of_score(5)),
+        patch("train.validate", return_value=report_of_score(5)),
         patch("train.showcase"),
         patch("train.draw_panels"),
     ):
@@ -6132,17 +6136,18 @@ def test_best_is_the_model_of_the_best_score_on_val():
     assert read_checkpoint(out / "last.pt")["best"] == highest
 
 
-def rows_of_score(tenths: int) -> list[dict]:
+def report_of_score(tenths: int) -> tuple[dict, list]:
     """What validate gives for one sentence with that IoU."""
     row = {"iou": tenths / 10, "inter": tenths, "union": 10, "empty": False, "groups": []}
-    return [row | {"photo": "a", "object": 0, "phrase": "grey"}]
+    rows = [row | {"photo": "a", "object": 0, "phrase": "grey"}]
+    return summarise(rows), rows
 
 
 def test_only_a_better_model_replaces_the_best():
     """Scores of 2, 5, 4 and 5 tenths in four epochs: the second is the first of the best."""
     out = new_folder()
     flags = small_run(data_root=make_refcoco(), out=out)
-    scores = [rows_of_score(tenths) for tenths in (2, 5, 4, 5)]
+    scores = [report_of_score(tenths) for tenths in (2, 5, 4, 5)]
 
     with patch("train.validate", side_effect=scores):
         printed = train_here(flags)
@@ -6160,10 +6165,10 @@ def test_a_resumed_run_remembers_the_best_score():
     flags = small_run(data_root=make_refcoco())
     fourth = signal_at_call(4, signal.SIGTERM, train_step)
 
-    before = [rows_of_score(2), rows_of_score(5)]
+    before = [report_of_score(2), report_of_score(5)]
     with patch("train.validate", side_effect=before), patch("train.train_step", fourth):
         error_of(SystemExit, train_here, resumed(flags, out))
-    after = [rows_of_score(3), rows_of_score(4)]
+    after = [report_of_score(3), report_of_score(4)]
     with patch("train.validate", side_effect=after):
         train_here(resumed(flags, out))
 
@@ -6253,9 +6258,9 @@ def test_validation_on_a_cpu_is_in_float32():
     save_checkpoint(path, small_model(bf16=True))
     model = load_model(path)
 
-    rows = validate(model, val, model.config, CPU)
+    scores, rows = validate(model, val, model.config, CPU)
 
-    assert rows == evaluate(model, val)["rows"]
+    assert scores | {"rows": rows} == evaluate(model, val)
 
 
 def test_a_run_from_cached_photos_equals_one_from_files():
@@ -6954,7 +6959,7 @@ def test_a_loader_that_hangs_ends_the_run():
 
 # ---- kills at any moment: python test_all.py kill --kills 100 ----
 
-KILLS = 10  # of each kind
+KILLS = 4  # of each kind
 
 
 def was_killed(status: int) -> bool:
@@ -6971,7 +6976,7 @@ def kill_until_done(work, seconds: float) -> int:
             assert status == 0
             return kills
         kills += 1
-        seconds *= 1.1  # on a machine that became busy it would else never end
+        seconds *= 1.3  # else it might never end on a machine that became busy
 
 
 def seconds_of(work) -> float:
@@ -6984,7 +6989,7 @@ def test_kills_at_any_moment_of_training_change_nothing():
     """Before the first save, between two, while one is written, while pictures are drawn: the
     resumed runs end as one that nothing disturbed, to the last bit, and leave no other file."""
     flags = small_run(
-        data_root=make_refcoco(), dropout=0.1, epochs=8, batch_size=3, workers=1, save_minutes=0
+        data_root=make_refcoco(), dropout=0.1, epochs=4, batch_size=3, workers=1, save_minutes=0
     )
     whole = new_folder()
     seconds = seconds_of(lambda: train_here([*flags, "--out", str(whole)]))
@@ -7012,6 +7017,7 @@ def test_kills_at_any_moment_of_two_processes_change_nothing():
             assert_equal_runs(whole, part)
             part = new_folder()
         kills += kill_some(lambda: run_processes(2, resumed(flags, part)), rng, seconds)  # noqa: B023
+        seconds *= 1.05
     assert_equal_runs(whole, part)
 
 
@@ -7914,7 +7920,7 @@ FLAG_VALUES = [
 
 
 def fuzz_train_flags(rng: random.Random) -> Case:
-    """train.py's flags: what is accepted must be what was said, and must build a model that runs."""
+    """train.py's flags: what is accepted is what was said, and builds a model that runs."""
     chosen = rng.sample([field.name for field in fields(Config)], rng.randint(1, 3))
     said = {}
     argv = ["--preset", "tiny"]
@@ -7994,6 +8000,8 @@ def fuzz_evaluate_flags(rng: random.Random) -> Case:
     else:
         argv += ["--image", photo, "--text", rng.choice(["dog", "", "a pet", "\ud800"])]
         outputs = ["--out"]
+        del inputs[own / "mask.png"]  # these two are read only where a data set is scored
+        del inputs[own / "shapes_mine.jsonl"]
     targets = [
         *(folder / "new.png", folder / "deep" / "er.png", folder / "model.pt", photo, own),
         *(
@@ -8091,7 +8099,7 @@ def fuzz_checkpoint_fields(rng: random.Random) -> Case:
         name = rng.choice(list(saved["model"]))
         saved["model"][name] = odd_tensor(rng, saved["model"][name])
     elif part == "optimizer" and rng.random() < 0.5:
-        states = saved["optimizer"]["state"]
+        states = saved["optimizer"]
         number = rng.choice(list(states))
         entry = rng.choice(["exp_avg", "exp_avg_sq", "step"])
         states[number][entry] = odd_tensor(rng, states[number][entry])

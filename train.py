@@ -69,7 +69,7 @@ from weights import (
     save_image,
 )
 
-LOG_EVERY = 25  # steps between two readings of the loss, for which the program must wait
+LOG_EVERY = 25  # steps between two readings of the loss; reading it waits for the device
 
 
 # ---- the loop ----
@@ -83,8 +83,8 @@ def train(cfg: Config, saved: dict | None = None) -> dict:
     """
     rank, world, device = start_processes(cfg.device)
     # Only the preset's own encoders are made unasked; a mistyped --weights is an error instead.
-    own_pair = cfg.weights == PRESETS["tiny"]["weights"]
-    if rank == 0 and own_pair and not Path(cfg.weights).exists():
+    makes_encoders = cfg.weights == PRESETS["tiny"]["weights"]
+    if rank == 0 and makes_encoders and not Path(cfg.weights).exists():
         print(f"{cfg.weights} is missing, so stage one comes first, once:")
         pretrain(cfg, device)
     if dist.is_initialized():
@@ -135,14 +135,14 @@ def train(cfg: Config, saved: dict | None = None) -> dict:
             # After an epoch: validate, and keep the best model so far. This stands before the step
             # so that a run that was stopped right after an epoch validates when it is resumed.
             if step in epoch_ends and validated < step:
-                scores = validate(raw, val_set, cfg, device)
-                rows = scores.pop("rows")  # a dict for each sentence
+                scores, rows = validate(raw, val_set, cfg, device)
+                epoch = sum(end <= step for end in epoch_ends)
                 with signals.held():
                     validated = step
                     improved = scores["mIoU"] > best
                     best = max(best, scores["mIoU"])
                     if rank == 0:
-                        log.add_scores(step, epoch_ends.index(step) + 1, scores, improved)
+                        log.add_scores(step, epoch, scores, improved)
                         if improved:
                             save_checkpoint(out / "best.pt", raw, step=step, best=best)
                     save_last()
@@ -150,8 +150,8 @@ def train(cfg: Config, saved: dict | None = None) -> dict:
             if step == total:
                 break
 
-            # One step. Its dropout depends on seed, step and process alone, while --epochs and the
-            # number of processes stay the same; so a resumed run repeats it.
+            # One step. Seed, step and process decide its dropout, so a resumed run repeats it. This
+            # holds as long as --epochs and the number of processes stay the same.
             parts = [next(parts_of_steps) for _ in range(cfg.accumulate)]
             with signals.held():  # a step is done, logged and saved whole or not at all
                 lr = cfg.lr * lr_factor(cfg, step / total)
@@ -195,8 +195,9 @@ def train_step(model, optimizer, parts, cfg, device):
     """One update of the weights from the gradients of all parts of a batch.
 
     parts: dicts of image (B, 3, s, s) uint8, tokens (B, L) and mask (B, 1, s, s) uint8 of 0 to 255.
-    Processes average their gradients in the backward pass of the last part. Returns (2,), on the
-    device and not waited for: the loss over all processes, and the gradients' norm before clipping.
+    Processes average their gradients in the backward pass of the last part. Returns a tensor (2,)
+    on the device, without waiting for it: the loss over all processes, and the gradients' norm
+    before clipping.
     """
     optimizer.zero_grad(set_to_none=True)
     losses = []
@@ -411,14 +412,20 @@ def resume_point(cfg, saved, optimizer, total):
 
 
 def validate(raw, val_set, cfg, device):
-    """Score every sentence of val; in bf16 only on GPUs, so that CPUs agree with evaluate.py."""
+    """The scores of val, and a dict for each of its sentences.
+
+    In bf16 only on GPUs, so that CPUs agree with evaluate.py.
+    """
     bf16 = cfg.bf16 and device.type == "cuda"
-    return evaluate(raw, val_set, workers=cfg.workers, bf16=bf16)
+    scores = evaluate(raw, val_set, workers=cfg.workers, bf16=bf16)
+    rows = scores.pop("rows")
+    return scores, rows
 
 
 def read_values(unread, step, lr, batches):
-    """[loss, gradient norm] of the last step. One that is not finite stops the run, with its ids.
+    """[loss, gradient norm] of the last step.
 
+    If a loss or norm is not finite, ValueError stops the run and names that step's objects.
     unread: (2,) tensors of the steps that end with number `step`, counted from 1.
     """
     values = torch.stack(unread).tolist()
@@ -476,7 +483,7 @@ def claim_folder(out, resume, step):
 
 
 def leave_folder():
-    """A lock ends when its file is closed."""
+    """Give up the lock on --out: a lock ends when its file is closed."""
     for file in LOCKS:
         file.close()
     LOCKS.clear()
@@ -509,7 +516,7 @@ class StopSignals:
     @contextlib.contextmanager
     def held(self):
         self.is_held = True
-        yield  # an error in here ends the run, so that no signal matters any more
+        yield  # no try: after an error in here the run ends, and signals need no answer
         self.is_held = False
         if self.came:
             raise Stopped
@@ -781,7 +788,7 @@ TINY_TABLES = {
         "64_64": (76.0, "--visual_rank 64 --text_rank 64"),
         "128_64": (76.4, "--visual_rank 128 --text_rank 64"),
     },
-    5: {  # blocks of the image and of the text encoder; the paper's are 1, 6, 8 and 12 of B's 12
+    5: {  # 13_01: image blocks 1 and 3, text blocks 0 and 1; the paper's: 1, 6, 8, 12 of 12 blocks
         "3_1": (75.4, "--visual_layers 3 --text_layers 1"),
         "13_01": (76.4, "--visual_layers 1 3 --text_layers 0 1"),
         "123_01": (75.7, "--visual_layers 1 2 3 --text_layers 0 1"),
@@ -845,7 +852,9 @@ def main(argv=None):
     saved = None
     if cfg.resume:
         saved = read_checkpoint(cfg.resume)
-        if saved["optimizer"]:  # a run goes on where its checkpoint lies, also after a move
+        if (
+            saved["optimizer"] is not None
+        ):  # a run goes on where its checkpoint lies, also after a move
             saved["config"]["out"] = str(Path(cfg.resume).parent)
         cfg = parse_config(argv, saved["config"])
     if cfg.threads:
@@ -856,8 +865,10 @@ def main(argv=None):
     elif cfg.table:
         print_table(cfg.table)
     elif cfg.pretrain:
-        _, _, device = start_processes(cfg.device)
-        pretrain(cfg, device)
+        rank, _, device = start_processes(cfg.device)
+        if rank == 0:
+            pretrain(cfg, device)
+        end_processes()
     elif cfg.benchmark:
         benchmark(cfg)
     else:

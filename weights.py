@@ -76,7 +76,7 @@ def restore_model(saved, config):
 
 
 def tokenizer_for(config):
-    """CLIP's where the encoders are the released ones. Others read ids that need no file."""
+    """CLIP's for the released encoders. All others read ids made from checksums, without a file."""
     vocabulary = None
     if are_released(config.weights):
         vocabulary = find_file(VOCABULARY, config.weights)
@@ -271,7 +271,7 @@ def misfit(value, ours):
         return f"{shape_of(value)} instead of {shape_of(ours)}"
     if value.layout != ours.layout or value.is_floating_point() != ours.is_floating_point():
         return f"{value.dtype}, {value.layout} instead of {ours.dtype}, {ours.layout}"
-    if not value.sum(dtype=torch.float64).isfinite():  # one NaN or infinity makes it so
+    if not value.sum(dtype=torch.float64).isfinite():  # one NaN or infinity makes the sum so
         return "not finite"
     return ""
 
@@ -578,7 +578,8 @@ class Record(dict):
     def __setstate__(self, attributes: dict) -> None:
         for name, value in attributes.items():
             if isinstance(value, Record):
-                for inner in list(value):  # emptied, lest a hostile file repeat it without end
+                # pop: a hostile file may hold one Record in many places; it counts once
+                for inner in list(value):
                     self[f"{name}.{inner}"] = value.pop(inner)
             elif isinstance(value, Tensor):
                 self[name] = value
@@ -596,7 +597,7 @@ class File(NamedTuple):
     digest: str
 
 
-# place below the folder of weights; of *.zip below the folder of data
+# path -> file; a *.zip lies below the folder --data_root, all else below --weights
 FILES = {
     "dinov2_vits14_reg4_pretrain.pth": File(
         88_291_785,
@@ -850,7 +851,8 @@ def fetch_from(url, file, part):
 def append_rest(url, part, size):
     """Append to the part what it lacks of the file at url. Errors as fetch_from."""
     have = part.stat().st_size
-    headers = {"Range": f"bytes={have}-", "Accept-Encoding": "identity"}  # packed, it has no rest
+    # identity: a reply that is compressed on its way could not be continued at a byte of the file
+    headers = {"Range": f"bytes={have}-", "Accept-Encoding": "identity"}
     with requests.get(url, headers=headers, stream=True, timeout=TIMEOUT) as reply:
         if reply.status_code == 416:  # there is nothing beyond what we have: the digest will judge
             return
