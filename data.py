@@ -203,6 +203,7 @@ BORDER = (123, 117, 104)  # CLIP's mean colour, (0.48145466, 0.4578275, 0.408210
 
 # what may be opened as a photo; Pillow knows more, among them EPS, for which it starts Ghostscript
 PHOTO_FORMATS = ("JPEG", "PNG", "WEBP", "AVIF", "TIFF", "BMP", "GIF", "PPM", "JPEG2000")
+WHITES = (255, 4095, 65535)
 MASK_FORMATS = ("PNG", "TIFF")  # without loss: JPEG would blur the edge of a mask
 
 TURNS = {  # EXIF's orientation -> what brings such a photo upright
@@ -273,13 +274,20 @@ def read_upright_size(file):
 def scale_to_bytes(image):
     """An image of integers or fractions -> L, its full range brought to 0 ... 255.
 
-    White is 65535 among integers, and 1 or 255 among fractions. Where a pixel is above these, the
-    brightest pixel is white.
+    Among fractions white is 1, and black is 0, or -1 where some are far below 0; a little more, as
+    filters leave it, is cut off. Otherwise white is the largest number of 8, 12 or 16 bits, the
+    first that no pixel exceeds: some scanners store 12 bits in 16. Beyond that it is the brightest
+    pixel.
     """
     values = np.nan_to_num(np.asarray(image, np.float64))
-    usual = (1, 255) if image.mode == "F" else (65535,)
-    white = min([white for white in usual if white >= values.max()], default=values.max())
-    scaled = values / white * 255
+    black = 0
+    if image.mode == "F" and values.max() < 2:
+        white = 1
+        if values.min() < -0.5:
+            black = -1
+    else:
+        white = min([usual for usual in WHITES if usual >= values.max()], default=values.max())
+    scaled = (values - black) / (white - black) * 255
     return Image.fromarray(scaled.round().clip(0, 255).astype(np.uint8))
 
 
@@ -1227,6 +1235,7 @@ class TrainBatches(PairBatches):
         self.rank = rank
         self.world = world
         self.pairs_a_batch = cfg.batch_size // (world * cfg.accumulate)
+        self.tensor_bytes = self.pairs_a_batch * 4 * cfg.image_size**2  # image and mask
 
     def __getitem__(self, part):
         """image uint8 (B, 3, size, size), tokens (B, L), mask uint8 (B, 1, size, size)."""
@@ -1280,6 +1289,7 @@ class EvalBatches(PairBatches):
             pairs += [(i, k) for k in range(len(dataset.sentences(i)))]
         self.pairs = list(itertools.chain.from_iterable(pairs_of_photo.values()))
 
+        self.tensor_bytes = batch_size * 3 * cfg.image_size**2  # image
         n = len(self.pairs)
         shift = n // 2 if shuffle else 0
         self.text_pairs = self.pairs[shift:] + self.pairs[:shift]
@@ -1311,6 +1321,7 @@ class SceneBatches(torch.utils.data.Dataset):
     def __init__(self, image_size, cells):
         self.image_size = image_size
         self.cells = cells
+        self.tensor_bytes = self.BATCH * 3 * (image_size**2 + 8 * cells**2)  # image and labels
 
     def __getitem__(self, number):
         """image uint8 (32, 3, size, size); labels (32, 3, cells, cells), see draw_labels."""
@@ -1332,17 +1343,31 @@ def to_image(photos):
 # ---- loader processes ----
 
 LOADER_SECONDS = 300  # the longest that one batch may take
+PREFETCH = 4  # batches that each loader process may be ahead
+SHARED_MEMORY = Path("/dev/shm")  # where loader processes hand over tensors; in Docker 64 MB
 
 
 def make_loader(batches, numbers, workers, pin_memory=False):
-    """batches[n] for n in numbers, made by so many loader processes; 0: by this one."""
+    """batches[n] for n in numbers, made by so many loader processes; 0: by this one.
+
+    Raises OSError where these would have too little shared memory, and then wait without end.
+    """
+    needed = workers * PREFETCH * batches.tensor_bytes / 1e6
+    if needed and SHARED_MEMORY.exists():
+        free = shutil.disk_usage(SHARED_MEMORY).free / 1e6
+        if needed > free:
+            raise OSError(
+                f"--workers {workers}: loader processes need {needed:.0f} MB of {SHARED_MEMORY}, "
+                f"{free:.0f} MB are free: set --workers 0 (in Docker: --shm-size)"
+            )
+
     return DataLoader(
         batches,
         batch_size=None,  # they are batches already
         sampler=numbers,
         num_workers=workers,
         collate_fn=leave_as_it_is,
-        prefetch_factor=4 if workers else None,
+        prefetch_factor=PREFETCH if workers else None,
         timeout=LOADER_SECONDS if workers else 0,  # else a dead loader is waited for without end
         pin_memory=pin_memory,
         worker_init_fn=start_loader,
