@@ -273,7 +273,7 @@ def random_batch(config: Config, pairs: int = 4) -> dict[str, Tensor]:
     )
     tokens[:, 4] = config.vocab_size - 1  # the end token
     tokens[:, 5:] = 0  # padding
-    mask = 255 * (image[:, :1] > 180)
+    mask = torch.where(image[:, :1] > 180, 255, 0)
     return {"image": image, "tokens": tokens, "mask": mask}
 
 

@@ -454,7 +454,8 @@ def claim_folder(out, resume, step):
     """Make --out this run's own: two runs in one folder would mix their files.
 
     It stays so until leave_folder. A run that begins anew moves an earlier run's files into
-    OUT/before1, before2, ... A run that is resumed from another folder copies best.pt from there.
+    OUT/before1, before2, ...; a log alone, of a run that never saved, is not worth that. A run that
+    is resumed from another folder copies best.pt from there.
     """
     out.mkdir(parents=True, exist_ok=True)
     try:
@@ -466,7 +467,7 @@ def claim_folder(out, resume, step):
         remove_leftovers(out / name)
 
     left = [name for name in RUN_FILES if (out / name).exists()]
-    if step == 0 and left:
+    if step == 0 and left not in ([], ["log.jsonl"]):
         number = 1
         while (out / f"before{number}").exists():
             number += 1
