@@ -274,10 +274,10 @@ def read_upright_size(file):
 def scale_to_bytes(image):
     """An image of integers or fractions -> L, its full range brought to 0 ... 255.
 
-    Among fractions white is 1, and black is 0, or -1 where some are far below 0; a little more, as
-    filters leave it, is cut off. Otherwise white is the largest number of 8, 12 or 16 bits, the
-    first that no pixel exceeds: some scanners store 12 bits in 16. Beyond that it is the brightest
-    pixel.
+    Fractions below 2: white is 1, and black is 0, or -1 where a pixel lies below -0.5. Filters
+    overshoot these a little; the overshoot is cut off.
+    All else: black is 0. White is the first of 255, 4095 and 65535 that no pixel exceeds: some
+    scanners store 12 bits in 16. If a pixel exceeds all three, white is the brightest pixel.
     """
     values = np.nan_to_num(np.asarray(image, np.float64))
     black = 0
@@ -326,10 +326,11 @@ def letterbox(image: Image.Image, size: int, rule: str = "aligned") -> np.ndarra
 def letterbox_detris(image, size, border, method):
     """The letterbox of the authors' release, which is cv2.warpAffine.
 
-    It counts pixels by their index, not by their centre. The photo begins at index b of the square;
-    b may be a fraction. Pixel i of the square shows index (i - b) / scale of the photo. affine_grid
-    and grid_sample count from -1 at one edge to 1 at the other. There the same rule is
-    x -> zoom * x + shift.
+    It counts pixels by their index, not by their centre. The scaled photo begins at index
+    b = (size - scale * length) / 2 of the square, which may be a fraction. Pixel i of the square
+    shows index (i - b) / scale of the photo.
+    affine_grid and grid_sample count from -1 at one edge to 1 at the other. With b put in, the same
+    rule is there x -> zoom * x + shift.
     """
     scale = min(size / image.width, size / image.height)
     zoom_x, zoom_y = [size / (scale * length) for length in image.size]
@@ -435,7 +436,7 @@ def unpack_counts(text):
     A character holds 6 bits: five of a number, the low ones first, and one that says whether more
     of this number follow. From the fourth on, numbers are differences to the count two before.
     """
-    data = text.encode() if isinstance(text, str) else text
+    data = text.encode("utf-8", "replace") if isinstance(text, str) else text
     if not re.fullmatch(rb"[0-o]*[0-O]|", data):
         raise ValueError(f"compressed RLE {text[:80]!r} is cut off or holds a foreign character")
 
@@ -460,7 +461,10 @@ def read_polygons(segmentation):
     with contextlib.suppress(TypeError, ValueError, LookupError, OverflowError):
         if len(segmentation[0]) == 2:
             segmentation = [segmentation]
-        polygons = [np.asarray(numbers, np.float64).reshape(-1, 2) for numbers in segmentation]
+        arrays = [np.asarray(numbers) for numbers in segmentation]
+        # same_kind: text that looks like a number is none
+        numbers = [array.astype(np.float64, casting="same_kind") for array in arrays]
+        polygons = [array.reshape(-1, 2) for array in numbers]
         # the length of the path from (0, 0) through all corners; NaN or infinite if any number is
         walks = [np.abs(np.diff(corners, axis=0, prepend=0)).sum() for corners in polygons]
         if len(polygons[0]) >= 3 and all(walk < 1e7 for walk in walks):
@@ -860,7 +864,9 @@ def line_record(entry, folder):
 
 # ---- shapes: rendered scenes with phrases that need language; no file, no network ----
 
-FORMS = {  # corners; half axes of the ellipse through them, in radii. 40 corners look round
+# form -> number of its corners (40 look round), half width and half height of the ellipse through
+# them; both are multiples of the thing's radius
+FORMS = {
     "circle": (40, 1, 1),
     "square": (4, 1.25, 1.25),
     "bar": (4, 1.65, 0.75),
@@ -887,7 +893,7 @@ SHAPES = {
     "val": 1000,
     "testA": 1000,
     "testB": 1000,
-}  # phrases; of train in one epoch
+}  # phrases; train is endless: of one epoch
 MARGIN = 0.05  # what a phrase compares differs by at least this share of the side
 
 
@@ -941,7 +947,7 @@ class Shapes(Dataset):
     def __init__(self, split, seed=0, name="shapes"):
         self.name = name
         self.split = split
-        self.ends = range(SHAPES[split] + 1)
+        self.ends = range(SHAPES[split] + 1)  # nothing is packed here; len() counts them
         self.endless = split == "train"
         self.seed = (seed if self.endless else 0, list(SHAPES).index(split))
 
@@ -1350,7 +1356,8 @@ SHARED_MEMORY = Path("/dev/shm")  # where loader processes hand over tensors; in
 def make_loader(batches, numbers, workers, pin_memory=False):
     """batches[n] for n in numbers, made by so many loader processes; 0: by this one.
 
-    Raises OSError where these would have too little shared memory, and then wait without end.
+    Raises OSError where the loader processes would have too little shared memory: they would wait
+    for it without end.
     """
     needed = workers * PREFETCH * batches.tensor_bytes / 1e6
     if needed and SHARED_MEMORY.exists():
@@ -1432,7 +1439,7 @@ def cache_photos(dataset, folder, size, rule="aligned"):
 def write_cache(path, dataset, objects, size, rule):
     """Appends these objects' photos to PATH.part, which is renamed when it is complete.
 
-    A run that is killed goes on after the last whole photo.
+    If a run is killed, the next one goes on after the last whole photo.
     """
     n = size * size * 3
     with open(f"{path}.part", "ab") as unfinished:
@@ -1468,7 +1475,7 @@ def read_file(path, parse, fix):
                 file = io.BytesIO(file.read(PHOTO_BYTES))  # whole, so that its checksum is compared
             return parse(file)
     except Exception as error:  # parsers raise nearly anything on a broken file
-        why = f"{type(error).__name__}: {error}"
+        why = " ".join(f"{type(error).__name__}: {error}".split())  # on one line
         raise ValueError(
             f"{path} cannot be read ({why}); if it is damaged, delete it and {fix}"
         ) from error

@@ -148,7 +148,7 @@ def column(rows, key):
 def metrics(rows):
     """mIoU, oIoU, Pr@50 ... Pr@90 of evaluate's rows, fractions of 1, and two counts.
 
-    The counts are n, of the rows, and empty, of those whose mask is empty.
+    n counts the rows. empty counts those whose predicted mask is empty.
     """
     iou = column(rows, "iou")
     scores = {
@@ -599,7 +599,10 @@ def precision(bf16, device):
 
 
 def splits_of(name, split):
-    """The splits to score; all: every one of the data set but train."""
+    """The splits to score; all: every one of the data set but train.
+
+    Of mix and of a .jsonl file, all is val alone: name their test splits one by one.
+    """
     if split != "all":
         return [split]
     known = REFCOCO.get(name, ["val"])
@@ -796,7 +799,7 @@ def plan_files(args):
 
 
 def refuse_to_overwrite(written, kept):
-    """Raise ValueError where a file to be written is a folder, one to be kept, or another such."""
+    """Raise ValueError where a file to be written is a folder, is to be kept, or is named twice."""
     taken = {file_key(path): path for path in kept}
     for path in written:
         key = file_key(path)

@@ -20,7 +20,7 @@ Once through DCRIS-B in numbers, for B pairs:
     logits (B, 1, 128, 128)
 
 Axes: B pairs; H, W pixels; h, w patch grid; N = h * w; S image tokens; L text tokens; C image
-width; D text width; d head width; R registers.
+width; D text width; d width of neck and decoder; R registers.
 """
 
 import argparse
@@ -239,7 +239,10 @@ METHODS = {
 
 
 def parse_config(argv: list[str] | None = None, saved: dict | None = None) -> Config:
-    """Defaults, the method's settings, a preset (or instead a saved config), then the flags.
+    """Defaults, then settings, then flags; each overrides what came before.
+
+    The settings are those of the method and then of the preset. If saved is given, it alone is the
+    settings, and neither method nor preset adds any.
 
     argv: flags without the program's name; None takes the command line's. A wrong flag or value
     prints one line to stderr and exits with status 2.
@@ -285,7 +288,16 @@ CHOICES = {
 }
 # These whole numbers may be 0; all others must be 1 or more. Every float may be 0.
 MAY_BE_ZERO = ("registers", "seed", "workers", "threads", "table", "benchmark")
-BELOW = {"dropout": 1, "warmup": 1, "seed": 2**32, "workers": 1025, "threads": 1025}
+BELOW = {
+    "dropout": 1,
+    "warmup": 1,
+    "seed": 2**32,
+    "workers": 1025,
+    "threads": 1025,
+    "vision_depth": 1000,
+    "text_depth": 1000,
+    "decoder_depth": 1000,
+}
 DIVISORS = {
     "image_size": "patch_size",
     "vision_width": "vision_heads",
@@ -335,16 +347,14 @@ def check_layers(cfg):
     if cfg.method == "compacter" and cfg.text_width % unit:
         refuse(cfg, "text_width", f"a multiple of {unit} with --method compacter")
 
-    depths = {
-        "visual_layers": cfg.vision_depth,
-        "text_layers": cfg.text_depth,
-        "taps": cfg.vision_depth - 1,
-    }
-    for name, depth in depths.items():
+    depths = {"visual_layers": "vision_depth", "text_layers": "text_depth", "taps": "vision_depth"}
+    for name, depth_name in depths.items():
+        depth = getattr(cfg, depth_name)
+        last = depth - 2 if name == "taps" else depth - 1  # the last block is a tap in any case
         blocks = getattr(cfg, name)
-        rising = tuple(i for i in range(depth) if i in blocks)
+        rising = tuple(i for i in range(last + 1) if i in blocks)
         if blocks != rising:
-            refuse(cfg, name, f"rising block numbers from 0 to {depth - 1}")
+            refuse(cfg, name, f"rising block numbers from 0 to {last} with --{depth_name} {depth}")
     if len(cfg.taps) != 2:
         refuse(cfg, "taps", "two blocks")
     if cfg.method == "etris" and len(cfg.text_layers) != len(cfg.visual_layers):

@@ -192,7 +192,7 @@ def train(cfg: Config, saved: dict | None = None) -> dict:
 
 
 def train_step(model, optimizer, parts, cfg, device):
-    """One update of the weights from the gradients of all parts of a batch.
+    """One update of the weights from the gradients of all parts of a step.
 
     parts: dicts of image (B, 3, s, s) uint8, tokens (B, L) and mask (B, 1, s, s) uint8 of 0 to 255.
     Processes average their gradients in the backward pass of the last part. Returns a tensor (2,)
@@ -750,7 +750,10 @@ def print_table(number):
 
 
 def count_trained(cfg):
-    """Parameters that train in the encoders, and their share of the backbone."""
+    """Parameters that train in the encoders, and their share of the backbone.
+
+    With --method full they are the whole backbone, as the paper counts it.
+    """
     with torch.device("meta"):  # counts without computing
         counts = DCRIS(cfg).parameter_counts()
     trained = counts["backbone"] if cfg.method == "full" else counts["adapters"]
@@ -789,7 +792,9 @@ TINY_TABLES = {
         "64_64": (76.0, "--visual_rank 64 --text_rank 64"),
         "128_64": (76.4, "--visual_rank 128 --text_rank 64"),
     },
-    5: {  # 13_01: image blocks 1 and 3, text blocks 0 and 1; the paper's: 1, 6, 8, 12 of 12 blocks
+    # 13_01: image blocks 1 and 3, text blocks 0 and 1. The paper's mIoU beside these rows is of its
+    # rows with adapters in 1, 6, 8 and 12 of its 12 blocks.
+    5: {
         "3_1": (75.4, "--visual_layers 3 --text_layers 1"),
         "13_01": (76.4, "--visual_layers 1 3 --text_layers 0 1"),
         "123_01": (75.7, "--visual_layers 1 2 3 --text_layers 0 1"),
@@ -853,9 +858,8 @@ def main(argv=None):
     saved = None
     if cfg.resume:
         saved = read_checkpoint(cfg.resume)
-        if (
-            saved["optimizer"] is not None
-        ):  # a run goes on where its checkpoint lies, also after a move
+        if saved["optimizer"] is not None:
+            # a run goes on where its checkpoint lies, also after a move
             saved["config"]["out"] = str(Path(cfg.resume).parent)
         cfg = parse_config(argv, saved["config"])
     if cfg.threads:

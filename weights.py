@@ -160,7 +160,10 @@ FIELDS = {  # of a checkpoint, and their types
 
 
 def check_fields(saved, path):
-    """Raise ValueError unless checkpoint and config hold what save_checkpoint puts there."""
+    """Raise ValueError where a field is missing or wrong, or a setting is unknown or impossible.
+
+    A setting that the config lacks takes its default.
+    """
     for name, kind in FIELDS.items():
         value = saved.get(name)
         if not isinstance(value, kind):
@@ -521,7 +524,7 @@ def read_tensors(path):
     torch's weights-only reader makes tensors and plain values and refuses all else. But it trusts
     the bytes: torch 2.13 loads a file with a zeroed megabyte without a word. So we first compare
     every member of the archive with the checksum that torch.save stored beside it, at some 5 GB/s.
-    We do not map the file into memory (mmap): torch then takes a tensor from whatever bytes its
+    We do not map the file into memory: with mmap, torch would take a tensor from whatever bytes its
     entry points at, also where they are not its own.
 
     Raises FileNotFoundError, or ValueError for a file with any fault.
@@ -593,7 +596,7 @@ class File(NamedTuple):
 
     bytes: int | None  # None: not known
     licence: str
-    urls: tuple[str, ...]  # places, the first one first
+    urls: tuple[str, ...]  # places, in the order in which they are asked
     digest: str
 
 
@@ -620,7 +623,7 @@ FILES = {
     "ViT-B-16.pt": File(
         None,
         "MIT",
-        (  # the first host is down at times; the second holds what it copies
+        (  # the first host is down at times; it only passes on the second's files
             "https://openaipublic.azureedge.net/clip/models/5806e77cd80f8b59890b7e101eabd078d9fb84e6937f9e85e4ecb61988df416f/ViT-B-16.pt",  # noqa: E501 a whole address
             "https://openaipublic.blob.core.windows.net/clip/models/5806e77cd80f8b59890b7e101eabd078d9fb84e6937f9e85e4ecb61988df416f/ViT-B-16.pt",  # noqa: E501 a whole address
         ),
