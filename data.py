@@ -1510,10 +1510,16 @@ def write_whole(path: str | Path):
 
 def remove_leftovers(path):
     """Remove temporary files of this path whose writers are dead."""
-    digits = 32 * "[0-9a-f]"
-    for leftover in path.parent.glob(f"{glob.escape(path.name)}.{digits}.tmp"):
-        with contextlib.suppress(OSError), lock(leftover, "ab", wait=False):
-            leftover.unlink()
+    pattern = re.escape(path.name) + r"\.[0-9a-f]{32}\.tmp"
+    for temporary in list_temporaries(path.parent):
+        if re.fullmatch(pattern, temporary.name) and temporary.exists():
+            with contextlib.suppress(OSError), lock(temporary, "ab", wait=False):
+                temporary.unlink()
+
+
+@functools.cache  # once in each process: a folder of many masks would be slow to list for each
+def list_temporaries(folder):
+    return list(folder.glob("*.tmp"))
 
 
 LOCKS = []  # on --out, until train.leave_folder; loader processes close their copies
