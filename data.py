@@ -14,7 +14,6 @@ import cmath
 import contextlib
 import difflib
 import functools
-import glob
 import gzip
 import html
 import io
