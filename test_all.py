@@ -5988,6 +5988,7 @@ def run_processes(count: int, flags: list[str]) -> None:
                 os._exit(status)
         children.append(child)
     assert wait_like_torchrun(children), errors.read_text()
+    assert "strides" not in errors.read_text(), "a warning of DistributedDataParallel"
 
 
 def wait_like_torchrun(children: list[int]) -> bool:
@@ -6005,7 +6006,6 @@ def wait_like_torchrun(children: list[int]) -> bool:
                 for other in living:
                     os.kill(other, signal.SIGTERM)
     return good
-    assert "strides" not in errors.read_text(), "a warning of DistributedDataParallel"
 
 
 @functools.cache
