@@ -318,7 +318,7 @@ class LoRA(nn.Module):
     """LoRA (Hu et al. 2022, Eq. 3): W_0 + B A in place of W_0, here for queries and values.
 
     weight: (3 * C, C), of queries, keys and values. Returns the same with B A added. B starts at
-    zero. The paper's factor alpha / r is 1.
+    zero. Their factor alpha / r is 1 here.
     """
 
     def __init__(self, width, rank):
@@ -351,6 +351,8 @@ class HoulsbyAdapter(nn.Module):
 
 class Compacter(nn.Module):
     """Compacter (Karimi Mahabadi et al. 2021): Houlsby's adapter, its layers hypercomplex."""
+
+    # differs: ReLU, as in our other adapters, where Karimi Mahabadi et al. have GELU
 
     def __init__(self, width, rank, A):
         super().__init__()

@@ -328,8 +328,8 @@ def letterbox_detris(image, size, border, method):
     It counts pixels by their index, not by their centre. The scaled photo begins at index
     b = (size - scale * length) / 2 of the square, which may be a fraction. Pixel i of the square
     shows index (i - b) / scale of the photo.
-    affine_grid and grid_sample count from -1 at one edge to 1 at the other. With b put in, the same
-    rule is there x -> zoom * x + shift.
+    affine_grid and grid_sample count from -1 at one edge to 1 at the other. In these units, and
+    with b put in, the same rule reads x -> zoom * x + shift.
     """
     scale = min(size / image.width, size / image.height)
     zoom_x, zoom_y = [size / (scale * length) for length in image.size]
@@ -526,7 +526,7 @@ class Dataset:
     COCO's segmentation).
     """
 
-    phrases_per_photo = 1  # so many neighbouring objects share a photo
+    phrases_per_photo = 1  # number of neighbouring objects that always share a photo
     endless = False  # True: an index beyond the length is a fresh object
     cache = None  # a PhotoCache, see cache_photos
 
@@ -892,8 +892,8 @@ SHAPES = {
     "val": 1000,
     "testA": 1000,
     "testB": 1000,
-}  # phrases; train is endless: of one epoch
-MARGIN = 0.05  # what a phrase compares differs by at least this share of the side
+}  # phrases of a split; of train, which is endless, in one epoch
+MARGIN = 0.05  # places that a phrase compares lie further apart than this share of the side
 
 
 class Thing(NamedTuple):
@@ -936,8 +936,8 @@ class Shapes(Dataset):
     The same seed gives the same scenes.
     Forms, colours and sizes repeat in a scene, so that a phrase has rivals. A third of the phrases
     name attributes, a third a relation, a third a position or an ordinal; testB has relations and
-    ordinals only. train has a scene for any index, without end; the other splits have a fixed
-    number of scenes, whatever the seed.
+    ordinals only. train has a scene for any index, without end; the other splits have the same
+    scenes for every seed.
     """
 
     phrases_per_photo = 4
@@ -1224,7 +1224,8 @@ class TrainBatches(PairBatches):
     order, with one of its sentences drawn at random. Objects that share a photo stay together.
     """
 
-    # an epoch counts objects (RefCOCO: 42,404), not sentences (120,624), as in the authors' release
+    # As in the authors' release, an epoch counts objects (RefCOCO: 42,404) and not sentences
+    # (120,624).
 
     def __init__(self, dataset, tokenizer, cfg, rank=0, world=1):
         super().__init__(dataset, tokenizer, cfg)

@@ -217,9 +217,10 @@ def groups_of(phrase, kind, share):
 
 
 def summarise(rows):
-    """The report of evaluate's rows: the metrics of all; their 95 % bounds; those of each group.
+    """The report of evaluate's rows: metrics of all, their 95 % bounds, and each group's metrics.
 
-    The bounds stand under "from" and "to", the groups, by name, under "groups".
+    The bounds stand under "from" and "to". The groups have no bounds; they stand, by name, under
+    "groups".
     """
     members = {}
     for row in rows:
@@ -779,8 +780,8 @@ def parse_flags(argv):
 def plan_files(args):
     """The files that this command line will write; with --image, in turns, a mask and its overlay.
 
-    Raises ValueError, before any work, where one of them is a folder, a file that is read, or a
-    file that is written already.
+    Raises ValueError, before any work, where one of them is a folder, is a file that is read, or is
+    named twice. Files of an earlier run are replaced.
     """
     written = []
     if args.export:

@@ -245,7 +245,7 @@ def parse_config(argv: list[str] | None = None, saved: dict | None = None) -> Co
     settings, and neither method nor preset adds any.
 
     argv: flags without the program's name; None takes the command line's. A wrong flag or value
-    prints one line to stderr and exits with status 2.
+    prints the usage, and a line that names it, to stderr, and exits with status 2.
     """
     parser = argparse.ArgumentParser(
         add_help=False,

@@ -42,7 +42,7 @@ import warnings
 import zipfile
 import zlib
 from contextlib import redirect_stderr, redirect_stdout
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from unittest.mock import DEFAULT, Mock, patch
 
@@ -160,6 +160,7 @@ from train import (
     pretrain_image_encoder,
     pretrain_text_encoder,
     resume_point,
+    train,
     train_row,
     train_step,
     train_table,
@@ -3561,16 +3562,24 @@ def test_the_authors_configuration_is_read_off_the_shapes():
         assert Config(**detris_config(state)) == expected
 
 
-def test_their_umd_file_reads_longer_phrases():
-    """They trained it with 22 tokens and all others with 17; the file does not say so."""
+def test_their_files_know_their_data_set_and_length_by_their_names():
+    """They trained one with 22 tokens and all others with 17; the file does not say so, nor on
+    which set, which evaluate.py scores where none is named."""
     model = detris_model()
     lengths = {}
+    sets = {}
     for name in ("base_refcocog_u.pth", "base_refcocog_g.pth"):
         path = new_folder() / name
         torch.save({"state_dict": theirs_of(model)}, path)
         with patch("weights.detris_config", return_value=vars(model.config).copy()):
-            lengths[name] = read_checkpoint(path)["config"]["text_length"]
+            config = read_checkpoint(path)["config"]
+        lengths[name] = config["text_length"]
+        sets[name] = config["dataset"]
 
+    assert sets == {
+        "base_refcocog_u.pth": "refcocog_umd",
+        "base_refcocog_g.pth": "refcocog_google",
+    }
     assert lengths == {"base_refcocog_u.pth": 22, "base_refcocog_g.pth": 17}
 
 
@@ -7153,6 +7162,45 @@ def test_everything_but_locks_works_without_fcntl_and_resource():
 
     assert "refcoco val" in printed
     assert '"peak_memory_gib": null' in printed
+
+
+def test_flags_of_a_resumed_run_must_fit_its_checkpoint_and_no_preset():
+    """60 pixels are five patches of the checkpoint's 12, and no whole number of tiny's 8."""
+    path = saved_small()
+
+    with patch("train.train") as trained:
+        train_program(["--resume", str(path), "--image_size", "60", "--out", str(new_folder())])
+
+    config, saved = trained.call_args.args
+    assert config.image_size == 60
+    assert config.patch_size == 12
+    assert saved["path"] == str(path)
+
+
+def test_a_resumed_small_run_makes_no_encoders():
+    """Its checkpoint holds them; two minutes of pretraining would be thrown away."""
+    config = small_config(weights=str(new_folder() / "gone.pt"), data_root="nowhere")
+    saved = read_checkpoint(saved_small())
+
+    with (
+        patch.dict(PRESETS["tiny"], weights=config.weights),
+        patch("train.pretrain", side_effect=AssertionError("made")) as pretrained,
+    ):
+        error_of(OSError, train, replace(config, dataset="refcoco"), saved)
+        error_of(AssertionError, train, replace(config, dataset="refcoco"))
+
+    assert pretrained.call_count == 1, "for the run that begins"
+
+
+def test_signals_after_a_run_end_the_program_as_elsewhere():
+    """Between two rows of a table nobody waits for Stopped."""
+    flags = small_run(data_root=make_refcoco(), epochs=1, out=new_folder())
+
+    with redirect_stdout(io.StringIO()):
+        train_program(flags)
+
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    assert signal.getsignal(signal.SIGINT) == signal.default_int_handler
 
 
 # ---- kills at any moment: python test_all.py kill --kills 100 ----

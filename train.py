@@ -11,6 +11,7 @@ Writes into the folder --out: log.jsonl, last.pt, best.pt (best mIoU on val, nev
 curves.png and panels.png.
 """
 
+import argparse
 import contextlib
 import json
 import math
@@ -83,7 +84,8 @@ def train(cfg: Config, saved: dict | None = None) -> dict:
     """
     rank, world, device = start_processes(cfg.device)
     # Only the preset's own encoders are made unasked; a mistyped --weights is an error instead.
-    makes_encoders = cfg.weights == PRESETS["tiny"]["weights"]
+    # A checkpoint of such a run holds its own.
+    makes_encoders = saved is None and cfg.weights == PRESETS["tiny"]["weights"]
     if rank == 0 and makes_encoders and not Path(cfg.weights).exists():
         print(f"{cfg.weights} is missing, so stage one comes first, once:")
         pretrain(cfg, device)
@@ -187,6 +189,9 @@ def train(cfg: Config, saved: dict | None = None) -> dict:
         sys.exit(f"train.py: stopped after step {step}; go on with --resume {out / 'last.pt'}")
     finally:
         leave_folder()
+        # from here on signals end the program as they do elsewhere
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     end_processes()
     return scores
 
@@ -392,7 +397,8 @@ def prepare(raw, cfg, device):
 def resume_point(cfg, saved, optimizer, total):
     """(steps done, step of the last validation, best mIoU); the optimizer goes on as it was.
 
-    An authors' checkpoint has no optimizer: training begins at step 0 with its weights.
+    The authors' checkpoints and best.pt hold no optimizer: training begins at step 0 with their
+    weights.
     """
     if saved is None or saved["optimizer"] is None:
         if cfg.resume and Path(cfg.resume).resolve().parent == Path(cfg.out).resolve():
@@ -787,13 +793,14 @@ TINY_TABLES = {
         "both": (76.4, ""),
     },
     4: {
+        # half the paper's ranks: 32_32 stands beside its 64_64, and so on
         "32_32": (76.2, "--visual_rank 32 --text_rank 32"),
         "64_32": (76.4, "--visual_rank 64 --text_rank 32"),
         "64_64": (76.0, "--visual_rank 64 --text_rank 64"),
         "128_64": (76.4, "--visual_rank 128 --text_rank 64"),
     },
-    # 13_01: image blocks 1 and 3, text blocks 0 and 1. The paper's mIoU beside these rows is of its
-    # rows with adapters in 1, 6, 8 and 12 of its 12 blocks.
+    # 13_01: image blocks 1 and 3, text blocks 0 and 1. Beside these rows stands the paper's mIoU of
+    # its rows whose number of layers with adapters is 1, 6, 8 and 12.
     5: {
         "3_1": (75.4, "--visual_layers 3 --text_layers 1"),
         "13_01": (76.4, "--visual_layers 1 3 --text_layers 0 1"),
@@ -812,7 +819,7 @@ def train_table(argv):
     each rate of RATES. What is in the folder --out already is not trained again.
     """
     number = parse_config(argv).table
-    header = f"{'row':<14}{'val mIoU':>9}{'dev.':>6}{'best rate':>11}{'at':>9}"
+    header = f"{'row':<14}{'val mIoU':>9}{'dev.':>6}{'best mIoU':>11}{'at rate':>9}"
     lines = [f"{header}{'trained':>11}{'share':>8}{'paper':>7}"]
     for row, (paper, flags) in TINY_TABLES[number].items():
         cfg = parse_config([*argv, *flags.split()])
@@ -854,14 +861,19 @@ def train_row(cfg, seed, rate):
 
 
 def main(argv=None):
-    cfg = parse_config(argv)
+    # --resume is read first: the other flags must fit the checkpoint's settings, not a preset's
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--resume")
+    resume = first.parse_known_args(argv)[0].resume
     saved = None
-    if cfg.resume:
-        saved = read_checkpoint(cfg.resume)
+    settings = None
+    if resume:
+        saved = read_checkpoint(resume)
+        settings = saved["config"]
         if saved["optimizer"] is not None:
             # a run goes on where its checkpoint lies, also after a move
-            saved["config"]["out"] = str(Path(cfg.resume).parent)
-        cfg = parse_config(argv, saved["config"])
+            settings["out"] = str(Path(resume).parent)
+    cfg = parse_config(argv, settings)
     if cfg.threads:
         torch.set_num_threads(cfg.threads)
 

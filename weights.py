@@ -1,6 +1,6 @@
 """Models from checkpoints, and the released files they start from.
 
-    python weights.py                  lists every file: missing, present or damaged
+    python weights.py                  lists every file: missing, present, damaged or unpacked
     python weights.py dcris_b refcoco  fetches what these need; after a cut, run it again
 
 First loading and saving a model, then the encoders' files and the authors' checkpoints, then how a
@@ -318,10 +318,17 @@ def read_detris(state, path):
             f"{path} is no checkpoint of the authors: its state_dict is foreign"
         ) from None
     config["text_length"] = 22 if "refcocog_u" in str(path) else 17  # as they trained
+    config["dataset"] = DETRIS_DATASETS.get(Path(path).stem, "refcoco")
     saved = {"format": FORMAT, "config": config, "model": ours}
     return saved | {"optimizer": None, "step": 0, "best": 0.0, "validated": 0}
 
 
+DETRIS_DATASETS = {  # name of an authors' file -> the data set that it was trained on
+    "base_refcoco": "refcoco",
+    "base_refcoco+": "refcoco+",
+    "base_refcocog_u": "refcocog_umd",
+    "base_refcocog_g": "refcocog_google",
+}
 NUMBER = r"(?<=blocks\.|layers\.)\d+"  # of a block or layer, in a layer's name
 
 
@@ -796,6 +803,7 @@ def download(name: str, root: str | Path = "weights") -> Path:
     part.touch()
     with lock(part, "ab"):
         if not path.exists():
+            part.touch()  # a process that failed while we waited may have removed it
             fetch(file, path, part)
             return path
     return download(name, root)  # another process fetched it: verify it as any other file
