@@ -623,7 +623,7 @@ def score_splits(models, args, written):
     datasets = [open_dataset(args.dataset, split, args.data_root) for split in splits]
     if written:
         for dataset in datasets:
-            refuse_to_overwrite(written, dataset.files())
+            refuse_to_overwrite(written, [args.dataset, *dataset.files()])
     conditions = {path: conditions_of(path, model, args) for path, model in models.items()}
 
     reports = []

@@ -152,13 +152,17 @@ from train import (
     Stopped,
     StopSignals,
     TrainingLog,
+    claim_folder,
     draw_curves,
+    fit,
     keep_lines_until,
+    leave_folder,
     lr_factor,
     objects_of_step,
     pretrain,
     pretrain_image_encoder,
     pretrain_text_encoder,
+    read_values,
     resume_point,
     train,
     train_row,
@@ -7201,6 +7205,322 @@ def test_signals_after_a_run_end_the_program_as_elsewhere():
 
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
     assert signal.getsignal(signal.SIGINT) == signal.default_int_handler
+
+
+# ---- what mutants of the rewritten files survived ----
+
+
+def test_depths_have_an_upper_bound():
+    """A number that slipped would build blocks until the memory is gone."""
+    for name in ("vision_depth", "text_depth", "decoder_depth"):
+        assert f"--{name} 1000: expected less than 1000" in complaint_about(f"--{name} 1000")
+
+
+def test_every_rank_is_checked_by_its_own_blocks():
+    """Without adapters in the image encoder the text adapters' rank must still fit, and it may be
+    anything where no text block has one."""
+    dense = "--visual_layers --text_rank 60 --text_adapter dense"
+
+    assert "--text_rank 60: expected a multiple of 16" in complaint_about(dense)
+    assert parse_config(["--preset", "dcris_b", "--text_layers", "--text_rank", "60"])
+
+
+def test_compacter_asks_for_a_text_width_that_it_can_cut():
+    flags = "--method compacter --text_width 126 --text_heads 6 --context 77"
+
+    assert "--text_width 126: expected a multiple of 4" in complaint_about(flags)
+
+
+def test_etris_asks_for_as_many_text_blocks_as_image_blocks():
+    """More of them would stay without a bridge, and nothing would say so."""
+    flags = "--method etris --visual_layers 3 7 --text_layers 3 7 11"
+
+    assert "as many blocks as --visual_layers (3, 7)" in complaint_about(flags)
+
+
+def test_an_image_of_another_width_is_refused():
+    """The height may be right by chance."""
+    model = small_model()
+    image = torch.zeros(1, 3, 48, 60)
+
+    message = error_of(ValueError, model, image, torch.ones(1, 17, dtype=torch.int64))
+
+    assert "image of 48x60, expected 48x48" in message
+
+
+def test_a_calm_start_is_calm():
+    """A tenth of the kernel's weights, no bias but -3: nearly every pixel is background."""
+    torch.manual_seed(0)
+    calm = Projector(small_config(calm_start=True)).kernel
+    torch.manual_seed(0)
+    usual = Projector(small_config(calm_start=False)).kernel
+
+    assert torch.equal(calm.weight, 0.1 * usual.weight)
+    assert calm.bias[-1] == -3
+    assert not calm.bias[:-1].any()
+
+
+def test_registers_start_faint():
+    """As DINOv2's: what they are comes from training."""
+    registers = VisionTransformer(small_config(registers=4)).register_tokens
+
+    assert registers.abs().max() < 1e-5
+    assert registers.std() > 1e-7
+
+
+def test_adapters_take_over_the_configs_dropout():
+    model = small_model(dropout=0.25)
+
+    attentions = [m for m in model.vision.modules() if isinstance(m, Attention)]
+
+    assert attentions
+    assert {attention.dropout for attention in attentions} == {0.25}
+
+
+def test_a_method_changes_none_of_the_heads_random_numbers():
+    """So that rows of the tables begin with the same head, whatever they put into encoders that
+    draw as much."""
+    frozen = small_model(method="frozen", visual_layers=(), text_layers=())
+    full = small_model(method="full", visual_layers=(), text_layers=())
+
+    for name, value in frozen.projector.state_dict().items():
+        assert torch.equal(value, full.projector.state_dict()[name]), name
+
+
+def test_a_faint_overshoot_below_zero_stays_black():
+    """Resampling leaves -0.05 here and there; black must not move to -1 for that."""
+    ramp = np.linspace(0, 1, 256, dtype=np.float32).reshape(16, 16)
+    ramp[0, 0] = -0.05
+
+    grey = np.asarray(open_image(saved(Image.fromarray(ramp), "TIFF", 1)))[..., 0]
+
+    assert grey[0, 1] == 1
+    assert grey[15, 15] == 255
+
+
+def test_a_mask_of_fractions_counts_every_pixel_above_zero():
+    """Converted to bytes, 0.3 would become 0."""
+    assert_object(Image.fromarray(np.where(OBJECT, 0.3, 0).astype(np.float32)), "TIFF")
+
+
+def test_an_outline_that_only_touches_the_photo_is_refused():
+    """Its corners lie on the photo's edge and it covers no pixel."""
+    beside = [[-9, 0, 0, 0, 0, 9, -9, 9]]
+
+    root = make_refcoco()
+    path = root / "refcoco" / "instances.json"
+    instances = json.loads(path.read_text())
+    instances["annotations"][1]["segmentation"] = beside
+    path.write_text(json.dumps(instances))
+
+    assert "no pixel" in error_of(ValueError, open_dataset, "refcoco", "train", root)
+
+
+def test_true_is_no_run_length_and_no_block_number():
+    """Python counts True as 1; in a file it is a mistake."""
+    rle = {"size": [1, 2], "counts": [True, True]}
+    saved_config = torch.load(saved_small(), weights_only=True)
+    saved_config["config"]["taps"] = (True, 2)
+    path = new_folder() / "last.pt"
+    torch.save(saved_config, path)
+
+    assert "RLE" in error_of(ValueError, segmentation_to_mask, rle, 1, 2)
+    assert "taps" in error_of(ValueError, load_model, path)
+
+
+def test_an_outline_of_millions_of_pixels_is_refused():
+    """Its points would fill the memory: 1e10 of them."""
+    assert_is_refused([[0, 0, 1e9, 0, 1e9, 1e9]])
+
+
+def test_a_photo_that_changed_gets_a_cache_of_its_own():
+    """The old file would show the old photo for ever."""
+    path = write_jsonl()
+    folder = new_folder()
+    before = open_dataset(str(path), "train")
+    cache_photos(before, folder, 32)
+    os.utime(path.parent / "a.png", (1, 1))
+
+    after = open_dataset(str(path), "train")
+    cache_photos(after, folder, 32)
+
+    assert after.cache.path != before.cache.path
+
+
+def test_scoring_too_asks_how_much_shared_memory_there_is():
+    batches = scoring(open_dataset("refcoco", "val", make_refcoco()), 100)
+    needed = 2 * 4 * 100 * 3 * batches.cfg.image_size**2
+
+    with patch("shutil.disk_usage", return_value=Mock(free=needed - 1)):
+        message = error_of(OSError, make_loader, batches, range(1), 2)
+    with patch("shutil.disk_usage", return_value=Mock(free=needed)):
+        make_loader(batches, range(1), 2)
+
+    assert "--workers 2" in message
+
+
+def test_no_more_than_a_limit_is_unpacked():
+    """A few kilobytes of a hostile zip or gzip unpack to gigabytes."""
+    root = make_refcoco(zipped=True)
+    dataset = open_dataset("refcoco", "train", root)
+    path = new_folder() / VOCABULARY
+    path.write_bytes(gzip.compress(b"version\n" + b"a b\n" * 1000))
+
+    with patch("data.PHOTO_BYTES", 100):
+        assert "cannot be read" in error_of(ValueError, dataset.photo, 0)
+    with patch("data.VOCABULARY_BYTES", 100), patch("data.gzip.open") as opened:
+        unpacked = opened.return_value.__enter__.return_value
+        unpacked.read.return_value = b"version\n"
+        error_of(ValueError, Tokenizer, path)
+        unpacked.read.assert_called_once_with(100)
+
+
+def test_a_member_of_a_gigabyte_is_not_unpacked():
+    """instances.json has 40 MB."""
+    path = refcoco_zip("refcoco/instances.json")
+    large = Mock(filename="refcoco/instances.json", file_size=1 << 30)
+
+    with patch("zipfile.ZipFile.infolist", return_value=[large]):
+        unpack(path)
+
+    assert files_below(path.parent) == {}
+
+
+def test_leftovers_of_a_name_with_brackets_are_found():
+    """In a pattern of file names, brackets would mean one of the letters in them."""
+    path = new_folder() / "run[1].json"
+    path.with_name(f"{path.name}.{'c' * 32}.tmp").touch()
+
+    with write_whole(path) as file:
+        file.write(b"{}")
+
+    assert [other.name for other in path.parent.iterdir()] == ["run[1].json"]
+
+
+def test_groups_of_a_shuffled_sentence_are_those_of_its_words():
+    """ "kind" says what the phrase asks for, and the phrase is another pair's."""
+    report = evaluate(scoring_model(dataset="shapes"), few_shapes("val"), shuffle_text=True)
+
+    for row in report["rows"]:
+        if "from the" in row["phrase"]:
+            assert "kind ordinal" in row["groups"], row
+
+
+def test_a_hard_link_to_an_input_is_that_input():
+    """Two names, one file: writing to one is writing to the other."""
+    checkpoint = saved_model()
+    link = new_folder() / "scores.json"
+    os.link(checkpoint, link)
+
+    message = error_of(
+        ValueError, evaluate_prints, "--checkpoint", checkpoint, "--dataset", "x", "--json", link
+    )
+
+    assert "would overwrite" in message
+
+
+def test_a_report_never_replaces_the_checkpoints_own_data_set():
+    """It is not named on the command line, but read all the same."""
+    path = write_jsonl()
+    checkpoint = new_folder() / "model.pt"
+    save_checkpoint(checkpoint, small_model(dataset=str(path)))
+
+    message = error_of(ValueError, evaluate_prints, "--checkpoint", checkpoint, "--json", path)
+
+    assert "would overwrite" in message
+
+
+def test_a_sum_in_half_precision_is_no_infinity():
+    """CLIP's file is in half precision, in which 70,000 ones add up to infinity."""
+    linear = nn.Linear(300, 300)
+    state = {"weight": torch.ones(300, 300).half(), "bias": torch.zeros(300).half()}
+
+    load_checked(linear, state)
+
+    assert linear.weight.mean() == 1
+
+
+def test_an_encrypted_archive_ends_in_one_line():
+    """Python raises a RuntimeError that asks for a password."""
+    path = refcoco_zip("refcoco/instances.json")
+    content = bytearray(path.read_bytes())
+    content[6] |= 1  # the flag in the member's own header
+    directory = content.rindex(b"PK\x01\x02")
+    content[directory + 8] |= 1
+    path.write_bytes(content)
+
+    assert f"{path} cannot be unpacked" in error_of(ValueError, unpack, path)
+
+
+def test_a_checkpoint_without_optimizer_is_safe_however_its_path_is_written():
+    """The same folder once relative and once absolute."""
+    out = new_folder()
+    save_checkpoint(out / "best.pt", small_model(dataset="refcoco", data_root=str(make_refcoco())))
+    relative = os.path.relpath(out / "best.pt")
+
+    message = error_of(ValueError, train_here, ["--resume", relative, "--out", str(out)])
+
+    assert "give another --out" in message
+
+
+def test_the_logged_loss_is_the_last_steps():
+    batches = Mock()
+    unread = [torch.tensor([1.0, 2.0]), torch.tensor([3.0, 4.0])]
+
+    assert read_values(unread, 2, 0.1, batches) == [3.0, 4.0]
+
+
+def test_the_fourth_run_in_a_folder_keeps_all_earlier_ones():
+    """before1, before2, before3: none may write over another."""
+    out = new_folder()
+    flags = small_run(data_root=make_refcoco(), epochs=1, out=out)
+
+    for seed in range(4):
+        train_here([*flags, "--seed", str(seed)])
+
+    for number in (1, 2, 3):
+        config = read_checkpoint(out / f"before{number}" / "last.pt")["config"]
+        assert config["seed"] == number - 1
+
+
+def test_a_best_model_that_is_there_is_not_replaced_by_that_of_another_folder():
+    """A run goes on in the folder that it was resumed into before."""
+    one = new_folder()
+    other = new_folder()
+    (one / "best.pt").write_bytes(b"of one")
+    (other / "best.pt").write_bytes(b"of the other")
+
+    claim_folder(other, str(one / "last.pt"), step=5)
+    leave_folder()
+
+    assert (other / "best.pt").read_bytes() == b"of the other"
+
+
+def test_stage_one_is_the_same_for_every_seed():
+    """Its encoders stand for released files."""
+    states = []
+    for seed in (1, 2):
+        path, _ = pretrained_file(seed=seed)
+        states.append(torch.load(path, weights_only=True)["model"])
+
+    for name, value in states[0].items():
+        assert torch.equal(value, states[1][name]), name
+
+
+def test_pretraining_ends_with_small_steps():
+    """Down to nearly 0 as a cosine, after a warm-up of a twentieth."""
+    rates = []
+
+    def record(optimizer, *others):
+        rates.append(optimizer.param_groups[0]["lr"])
+
+    layer = nn.Linear(1, 1)
+    with patch("torch.optim.AdamW.step", record):
+        fit([layer], lambda: layer(torch.ones(1, 1)).sum(), 100, "steps")
+
+    assert max(rates) <= 1e-3
+    assert rates[0] < 3e-4
+    assert rates[-1] < 1e-5
 
 
 # ---- kills at any moment: python test_all.py kill --kills 100 ----
