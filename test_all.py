@@ -98,6 +98,7 @@ from data import (
     open_archive,
     open_dataset,
     open_image,
+    open_picture,
     polygon_flips,
     progress,
     read_file,
@@ -7804,6 +7805,19 @@ def test_float32_means_float32_on_gpus_too():
     start_processes("cpu")
 
     assert not torch.backends.cudnn.allow_tf32
+
+
+def test_a_signal_while_a_photo_is_read_is_no_damaged_photo():
+    """Parsers raise nearly anything on a broken file, and read_file catches it; but not this."""
+    out = new_folder()
+    flags = small_run(data_root=make_refcoco(), dropout=0.1, workers=0)
+    seventh = signal_at_call(7, signal.SIGTERM, open_picture)
+
+    message = run_interrupted(
+        flags, out / "whole", out / "part", patch("data.open_picture", seventh)
+    )
+
+    assert message.startswith("train.py: stopped after step")
 
 
 # ---- kills at any moment: python test_all.py kill --kills 100 ----

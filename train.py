@@ -496,8 +496,8 @@ def leave_folder():
     LOCKS.clear()
 
 
-class Stopped(Exception):
-    """SIGTERM or Ctrl-C came."""
+class Stopped(BaseException):
+    """SIGTERM or Ctrl-C came. No `except Exception`, such as that of read_file, holds it up."""
 
 
 class StopSignals:
