@@ -5545,58 +5545,6 @@ def test_the_objects_of_a_step_are_those_of_all_parts_and_processes():
 # ---- runs that are killed or stopped, and go on ----
 
 
-def saved_at(path: Path) -> int:
-    """When the file was written, in nanoseconds; 0 if it is not there."""
-    if not path.exists():
-        return 0
-    return path.stat().st_mtime_ns
-
-
-def kill_after_a_save(work, last: Path) -> None:
-    """Run work() in a child process, and kill it at a random moment after it wrote last.pt."""
-    before = saved_at(last)
-    child = os.fork()
-    if child == 0:
-        try:
-            os.setpgid(0, 0)
-            work()
-        finally:
-            os._exit(0)
-
-    ended = 0
-    while not ended and saved_at(last) == before:
-        time.sleep(0.001)
-        ended, _ = os.waitpid(child, os.WNOHANG)
-    time.sleep(random.uniform(0, 0.06))
-    if not ended:
-        os.killpg(child, signal.SIGKILL)
-        os.waitpid(child, 0)
-
-
-def test_killed_ten_times_and_resumed_equals_uninterrupted():
-    """Each kill comes after a new save, so none can fall before the first. Everything that a run
-    leaves must equal, to the last bit, what a run without kills leaves."""
-    flags = small_run(
-        data_root=make_refcoco(), dropout=0.1, epochs=24, batch_size=3, workers=1, save_minutes=0
-    )
-    out = new_folder()
-    last = out / "part" / "last.pt"
-    steps = []  # of last.pt after each kill
-
-    with patch("train.LOG_EVERY", 3):
-        train_here([*flags, "--out", str(out / "whole")])
-        for _ in range(10):
-            kill_after_a_save(lambda: train_here(resumed(flags, out / "part")), last)
-            steps.append(read_checkpoint(last)["step"])
-        train_here(resumed(flags, out / "part"))
-
-    assert steps == sorted(steps)
-    assert steps[0] >= 1
-    assert steps[4] < 48, f"five kills were meant to come before the last step: {steps}"
-    assert len(read_log(out / "whole")) > 50
-    assert_equal_runs(out / "whole", out / "part")
-
-
 def test_a_run_killed_before_its_pictures_makes_them():
     """last.pt is written before the pictures; a kill in between must not cost them."""
     out = new_folder()
