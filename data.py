@@ -1396,6 +1396,8 @@ def start_loader(worker):
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     for file in LOCKS:
         file.close()
+    if os.getppid() != multiprocessing.parent_process().pid:
+        sys.exit()  # the parent died just now; torch looks for that only later, and would miss it
 
 
 @atexit.register
