@@ -7768,6 +7768,17 @@ def test_a_signal_while_a_photo_is_read_is_no_damaged_photo():
     assert message.startswith("train.py: stopped after step")
 
 
+def test_a_loader_whose_parent_died_as_it_started_ends():
+    """torch remembers the parent only after that, and would wait for orders from it for ever. Here
+    the loader is told that process 1 has adopted it."""
+    batches = batches_of(Shapes("train"))
+
+    with patch("os.getppid", return_value=1):
+        message = error_of(RuntimeError, list, make_loader(batches, range(2), workers=1))
+
+    assert "exited unexpectedly" in message
+
+
 # ---- kills at any moment: python test_all.py kill --kills 100 ----
 
 KILLS = 2  # of each kind, at the least
