@@ -1397,7 +1397,7 @@ def start_loader(worker):
     for file in LOCKS:
         file.close()
     if os.getppid() != multiprocessing.parent_process().pid:
-        sys.exit()  # the parent died just now; torch looks for that only later, and would miss it
+        sys.exit(1)  # the parent died just now; torch looks for that only later and would miss it
 
 
 @atexit.register
