@@ -192,8 +192,8 @@ def train(cfg: Config, saved: dict | None = None) -> dict:
         # from here on signals end the program as they do elsewhere
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         signal.signal(signal.SIGINT, signal.default_int_handler)
-    # Before its process group: the last to hold that group ends it. DistributedDataParallel would do
-    # so with Python's lock held, for which a thread of the group may wait.
+    # Before its process group: the last to hold that group ends it. DistributedDataParallel would
+    # do so with Python's lock held, for which a thread of the group may wait.
     del model
     end_processes()
     return scores
