@@ -399,8 +399,8 @@ def read_log(folder: Path) -> list[dict]:
     return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
 
 
-def in_child(work, kill_between: tuple = ()) -> int:
-    """The wait status of work() in a child process, killed at a random moment if asked."""
+def start_child(work) -> int:
+    """A child process that does work(), alone in a group of processes. Its number."""
     child = os.fork()
     if child == 0:
         status = 1
@@ -410,6 +410,12 @@ def in_child(work, kill_between: tuple = ()) -> int:
             status = 0
         finally:
             os._exit(status)
+    return child
+
+
+def in_child(work, kill_between: tuple = ()) -> int:
+    """The wait status of work() in a child process, killed at a random moment if asked."""
+    child = start_child(work)
     if kill_between:
         time.sleep(random.uniform(*kill_between))
         with contextlib.suppress(ProcessLookupError):
@@ -7845,16 +7851,7 @@ def test_kills_at_any_moment_of_two_processes_change_nothing():
 def kill_some(work, rng: random.Random, seconds: float) -> int:
     """Start work(), which starts processes of its own, and kill all of them or one at random.
     1 if something was killed."""
-    job = os.fork()
-    if job == 0:
-        status = 1
-        try:
-            os.setpgid(0, 0)
-            work()
-            status = 0
-        finally:
-            os._exit(status)
-
+    job = start_child(work)
     time.sleep(rng.uniform(0, 1.2 * seconds))
     ended, status = os.waitpid(job, os.WNOHANG)
     if ended:
@@ -8832,6 +8829,7 @@ def fuzz_evaluate_flags(rng: random.Random) -> Case:
         outputs = ["--json", "--per_sentence", "--panels"]
     else:
         argv += ["--image", photo, "--text", rng.choice(["dog", "", "a pet", "\ud800"])]
+        argv += ["--out", folder / "usual.png"]  # a later --out counts; none would write beside us
         outputs = ["--out"]
         del inputs[own / "mask.png"]  # these two are read only where a data set is scored
         del inputs[own / "shapes_mine.jsonl"]
