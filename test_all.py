@@ -14,6 +14,7 @@ import argparse
 import contextlib
 import copy
 import functools
+import gc
 import gzip
 import hashlib
 import html
@@ -6020,6 +6021,35 @@ def test_two_processes_equal_one():
 def test_four_processes_equal_one():
     """One pair in each: a BatchNorm that looked at its own pair alone would be far off."""
     assert_processes_equal_one(4)
+
+
+def assert_model_goes_before_its_group(flags: list[str]) -> None:
+    """Alone in its group, a process ends the group only when no distributed model holds it."""
+    dist = torch.distributed
+    held = []
+
+    def look():
+        kinds = [type(thing) for thing in gc.get_objects()]
+        held.append(kinds.count(nn.parallel.DistributedDataParallel))
+
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        with patch("train.end_processes", look):
+            train_here(flags)
+    finally:
+        dist.destroy_process_group()
+    assert held == [0]
+
+
+def test_training_lets_its_model_go_before_the_group_of_processes():
+    """A model that is the last to hold the group ends it with Python's lock held, and may hang."""
+    flags = small_run(epochs=1, data_root=make_refcoco(), out=new_folder())
+    assert_model_goes_before_its_group(flags)
+
+
+def test_a_benchmark_lets_its_model_go_before_the_group_of_processes():
+    """The same for --benchmark."""
+    assert_model_goes_before_its_group(small_run(benchmark=1))
 
 
 @functools.cache

@@ -594,11 +594,19 @@ def keep_lines_until(path, step, validated):
 
 
 def benchmark(cfg):
+    """Print one JSON line of what measure_steps finds."""
+    rank, world, device = start_processes(cfg.device)
+    result = measure_steps(cfg, world, device)
+    if rank == 0:
+        print(json.dumps(result))
+    end_processes()  # the model is gone by now, see the end of train
+
+
+def measure_steps(cfg, world, device):
     """Time cfg.benchmark real steps on random data.
 
     torch's counter gives the arithmetic of a step, a large matrix product gives the machine's peak.
     """
-    rank, world, device = start_processes(cfg.device)
     torch.manual_seed(cfg.seed)
     raw = new_model(cfg)
     model, optimizer = prepare(raw, cfg, device)
@@ -621,7 +629,7 @@ def benchmark(cfg):
     seconds = seconds_of(one_step, cfg.benchmark)
     peak = matmul_flops_per_second(cfg, device)
     samples = pairs * world * cfg.accumulate
-    result = {
+    return {
         "samples_per_s": round(samples / seconds, 2),
         "tflops": round(flops / seconds / 1e12, 3),
         "matmul_peak_tflops": round(peak / 1e12, 3),
@@ -634,9 +642,6 @@ def benchmark(cfg):
         "compile": cfg.compile,
         "bf16": cfg.bf16,
     }
-    if rank == 0:
-        print(json.dumps(result))
-    end_processes()
 
 
 def seconds_of(work, times):
