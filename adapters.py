@@ -1,7 +1,8 @@
 """The small trainable modules that join a frozen image encoder and a frozen text encoder.
 
 First the paper's two adapters, then the blocks they are made of, then the rivals of the paper's
-Table 2. `add_adapters` at the end says which method puts what into which place of the encoders.
+Table 2. `add_adapters` says which method puts what into which place of the encoders. Last come two
+tables of positions, which model.py reads.
 A comment "differs", in any file, marks where we depart on purpose from the work that it names.
 
 Axes: B image-sentence pairs; S image tokens (one class token, R registers, N = h * w patches); L

@@ -49,7 +49,7 @@ WORDS = re.compile(
     r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[a-z]+|[0-9]|[^a-z0-9 ]+"
 )
 CATEGORY_LETTERS = {"L": "z", "N": "0"}  # Unicode's letters and numbers, see to_ascii_categories
-ODD_LETTERS = {"ſ": "s", "\u0345": " "}  # CLIP's pattern takes one for an s, and skips the other
+ODD_LETTERS = {"ſ": "s", "\u0345": " "}  # CLIP's pattern reads 'ſ as 's, and U+0345 as a space
 VOCABULARY_BYTES = 8 << 20  # CLIP's file unpacks to 3 MB; no more than this is unpacked
 
 
@@ -154,7 +154,7 @@ class Tokenizer:
         self.ids = {symbol: number for number, symbol in enumerate(symbols)}
 
         size = len(self.ids) + 2  # with start and end
-        if not size == self.vocab_size == 49408:
+        if size != 49408 or self.vocab_size != 49408:
             raise ValueError(
                 f"--vocab_size {self.vocab_size}, {size} in {path}: both must be 49408; "
                 f"if the file is damaged, delete it and {fix}"
@@ -328,8 +328,9 @@ def letterbox_detris(image, size, border, method):
     It counts pixels by their index, not by their centre. The scaled photo begins at index
     b = (size - scale * length) / 2 of the square, which may be a fraction. Pixel i of the square
     shows index (i - b) / scale of the photo.
-    affine_grid and grid_sample count from -1 at one edge to 1 at the other. In these units, and
-    with b put in, the same rule reads x -> zoom * x + shift.
+    affine_grid and grid_sample count from -1 at one edge to 1 at the other, so that pixel i of n
+    lies at (2 * i + 1) / n - 1. Written in these units, with b put in, the rule is x -> zoom * x +
+    shift.
     """
     scale = min(size / image.width, size / image.height)
     zoom_x, zoom_y = [size / (scale * length) for length in image.size]
@@ -436,6 +437,7 @@ def unpack_counts(text):
     of this number follow. From the fourth on, numbers are differences to the count two before.
     """
     data = text.encode("utf-8", "replace") if isinstance(text, str) else text
+    # a number is any of the characters P to o, then one of 0 to O, which is its last
     if not re.fullmatch(rb"[0-o]*[0-O]|", data):
         raise ValueError(f"compressed RLE {text[:80]!r} is cut off or holds a foreign character")
 
@@ -496,7 +498,8 @@ def polygon_flips(corners, height, width):
     points = (starts[edge] + slopes[edge] * step[:, None] + 0.5).astype(np.int64)  # (M, 2)
 
     # For each point: how many pixel columns have their middle left of it, and how many rows above
-    # it. Columns and rows outside the photo do not count.
+    # it. The middle of column c is 5 * c + 2.5 on the fine grid. Columns and rows outside the photo
+    # do not count. Where an edge passes a middle, the upper of the two points beside it counts.
     columns, rows = ((points + 2) // 5).T
     columns = columns.clip(0, width)
     rows = rows.clip(0, height)
@@ -1075,7 +1078,7 @@ def relation_phrases(things, nouns):
     """
     found = []
     for anchor, anchor_noun in attribute_phrases(things, nouns):
-        if len(anchor_noun.split()) != 2:
+        if len(anchor_noun.split()) != 2:  # one attribute is enough to find an anchor by
             continue
         for way in WAYS:
             anchor_place = way.place(things[anchor])
@@ -1221,7 +1224,8 @@ class TrainBatches(PairBatches):
 
     A step computes cfg.accumulate batches, called its parts. Of each part, every process gets an
     equal slice. All read one endless stream: epoch after epoch, each object once an epoch, in a new
-    order, with one of its sentences drawn at random. Objects that share a photo stay together.
+    order, with one of its sentences drawn at random. The four objects of a scene of shapes stay
+    together.
     """
 
     # As in the authors' release, an epoch counts objects (RefCOCO: 42,404) and not sentences
@@ -1262,10 +1266,10 @@ class TrainBatches(PairBatches):
         for place in range(first, first + self.pairs_a_batch):
             epoch, k = divmod(place, objects)
             i = int(draw_order(seed, epoch, objects, self.dataset.phrases_per_photo)[k])
-            draw = np.random.default_rng([seed, epoch, i]).integers(1 << 30)
+            rng = np.random.default_rng([seed, epoch, i])
             if self.dataset.endless:
                 i += epoch * objects  # a fresh object
-            pairs.append((i, int(draw) % len(self.dataset.sentences(i))))
+            pairs.append((i, int(rng.integers(len(self.dataset.sentences(i))))))
         return pairs
 
 
@@ -1548,7 +1552,8 @@ def lock(path, mode, wait=True):
 def progress(items, total, what, done=0, size=None):
     """The items, one by one; stderr shows the share of the total that is done and the time left.
 
-    done: how much of the total there was before. size: how much of it an item is; None: 1.
+    done: how much of the total there was before. size: a function that tells how much of the total
+    an item is; None: each is 1.
     """
     on_terminal = sys.stderr.isatty()
     pause = 0.5 if on_terminal else 30  # seconds; a terminal's line is written over
@@ -1594,8 +1599,9 @@ ADVICE = {  # what an error's message holds -> what to do about it
 def run_as_program(main):
     """main() as a program, which ends with status 1 and one line for an error that users can mend.
 
-    A second line is advice, where we have some. Our own bugs keep their traceback. What is printed
-    shows at once, also in a pipe; letters that the terminal lacks become escapes such as \\u4eba.
+    A second line is advice, where we have some. An error of any other kind is a bug of ours and
+    keeps its traceback. What is printed shows at once, also in a pipe; letters that the terminal
+    lacks become escapes such as \\u4eba.
     """
     program = Path(sys.argv[0]).name
     if hasattr(sys.stdout, "reconfigure"):  # stdout may be anything that has a write

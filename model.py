@@ -706,9 +706,9 @@ class Projector(nn.Module):
         c = large.shape[1]
         kernel, bias = self.kernel(sentence).split([9 * c, 1], dim=1)  # F_l: (B, 9 * c), (B, 1)
         kernel = kernel.unflatten(1, (c, 9)).transpose(1, 2)  # (B, 9, c)
-        # Along one axis a kernel has the places k = 0, 1, 2. A convolution at pixel p reads pixel
-        # p + k - 1. F.fold goes the other way: it adds map k of pixel q to pixel q + k - 1. So the
-        # nine places are reversed first.
+        # Along one axis a kernel has the places k = 0, 1, 2. At place k, a convolution takes pixel
+        # q = p + k - 1 to pixel p, which is q + (2 - k) - 1. F.fold adds map k of pixel q to pixel
+        # q + k - 1. So place k of the kernel is fold's place 2 - k: the nine are reversed first.
         kernel = kernel.flip(1)
 
         mixed_kernel = kernel @ self.mix.weight.flatten(1)  # (B, 9, c)
@@ -738,6 +738,8 @@ class UpConvBN(ConvBN):
         enlarged = F.interpolate(one_pixel_each, scale_factor=2, mode="linear")[0]  # (h, 2h)
         padded = F.pad(enlarged, (1, 1))  # (h, 2h + 2)
         shifted = padded.unfold(1, 2 * side, 1)  # (h, 3, 2h), a shift for each column of the kernel
+        # matrix[p, k * h + x]: the share of pixel x in the enlarged pixel p + k - 1, which the
+        # kernel's place k reads for p; 0 where that lies outside
         matrix = shifted.permute(2, 1, 0).flatten(1)  # (2h, 3h)
         self.register_buffer("matrix", matrix, persistent=False)
 

@@ -192,8 +192,9 @@ def train(cfg: Config, saved: dict | None = None) -> dict:
         # from here on signals end the program as they do elsewhere
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         signal.signal(signal.SIGINT, signal.default_int_handler)
-    # Before its process group: the last to hold that group ends it. DistributedDataParallel would
-    # do so with Python's lock held, for which a thread of the group may wait.
+    # DistributedDataParallel must go before its process group. If it were the last to hold the
+    # group, it would end it while it holds Python's lock, and a thread of the group may wait for
+    # that lock.
     del model
     end_processes()
     return scores
@@ -381,7 +382,8 @@ def what_trains(model):
 def prepare(raw, cfg, device):
     """(model, optimizer): the model on its device, compiled and spread over processes."""
     raw.to(device, memory_format=torch.channels_last)  # convolutions in bfloat16 are faster so
-    # Not this one, which is read as a matrix: DistributedDataParallel would warn of its strides.
+    # The projector reads the weights of `mix` as a matrix. They get plain strides, by a copy: else
+    # DistributedDataParallel would warn that their gradient has other strides.
     mix = raw.projector.mix.weight
     mix.data = mix.data.flatten(1)[:, :, None, None]
     raw.train()

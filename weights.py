@@ -131,8 +131,8 @@ def save_checkpoint(
 def read_checkpoint(path_or_name):
     """What save_checkpoint wrote, on the CPU and checked, with the file's "path" added.
 
-    The authors' file, or the name of one of their releases, comes in the same form. Raises
-    FileNotFoundError or ValueError; both name the file.
+    The authors' file, or the name of one of their releases, comes in the same form. Raises OSError
+    or ValueError; both name the file.
     """
     path = fetch_release(path_or_name)
     if not os.path.isfile(path):
@@ -531,8 +531,8 @@ def read_tensors(path):
     torch's weights-only reader makes tensors and plain values and refuses all else. But it trusts
     the bytes: torch 2.13 loads a file with a zeroed megabyte without a word. So we first compare
     every member of the archive with the checksum that torch.save stored beside it, at some 5 GB/s.
-    We do not map the file into memory: with mmap, torch would take a tensor from whatever bytes its
-    entry points at, also where they are not its own.
+    We do not map the file into memory: with mmap, torch finds a tensor by an offset that the file
+    states, and the bytes there need not be those that we compared.
 
     Raises FileNotFoundError, or ValueError for a file with any fault.
     """
@@ -588,7 +588,8 @@ class Record(dict):
     def __setstate__(self, attributes: dict) -> None:
         for name, value in attributes.items():
             if isinstance(value, Record):
-                # pop: a hostile file may hold one Record in many places; it counts once
+                # pop: a hostile file may hold one Record twice, which holds another twice, and so
+                # on; copied each time, they would fill the memory
                 for inner in list(value):
                     self[f"{name}.{inner}"] = value.pop(inner)
             elif isinstance(value, Tensor):
@@ -725,7 +726,10 @@ NEEDS = {  # what a person asks for -> its files
 
 
 def find_file(name, root):
-    """Where a file of the table is. FileNotFoundError says what to run if it is missing or cut."""
+    """Where a file of the table is. FileNotFoundError says what to run if it is missing.
+
+    The same if it has another size than the table says.
+    """
     path = Path(root, name)
     fault = find_fault(path, FILES[name].bytes)
     if fault:
@@ -783,9 +787,10 @@ def download(name: str, root: str | Path = "weights") -> Path:
     The places are asked in the order of the table. A place that does not have the file (its answer
     is an error, a web page, a file of another size or with another digest) is not asked again. A
     place that fails in passing (no connection, silence, a cut, "too many requests", a fault of its
-    server) is asked again after the other places, and before that we pause, longer each time. We
-    give up when no place is left, or after TRIES tries in a row that brought no new byte. If a part
-    from before turns out wrong at the end, it is thrown away, and its place is asked once more.
+    server) is asked again after the other places. Between two tries we pause, longer after each
+    vain one. We give up when no place is left, or after TRIES tries in a row that brought no new
+    byte. If a part from before turns out wrong at the end, it is thrown away, and its place is
+    asked once more.
 
     Raises OSError, with every place's last answer and what to do by hand, or where the disk has too
     little space; ValueError if a file of this name is there but damaged.
@@ -814,7 +819,7 @@ def fetch(file, path, part):
     places = list(file.urls)
     answers = {}  # of each place the last one
     vain = 0
-    most = 0  # bytes that were there at best
+    most = part.stat().st_size  # bytes that were there at best
     while places and vain < TRIES:
         url = places.pop(0)
         try:
