@@ -12,7 +12,6 @@ Below that: a cache of photos, reading and writing files, how all programs repor
 import atexit
 import cmath
 import contextlib
-import difflib
 import functools
 import gzip
 import html
@@ -524,9 +523,9 @@ class PhotoCache(NamedTuple):
 class Dataset:
     """The referred objects of one split. Object i has a photo, a mask and one or more sentences.
 
-    records: a dict for each object: id, key (equal keys mean the same photo), sentences, maybe
-    kinds (of the sentences), photo (a path), size [height, width] of the photo, mask (a path or
-    COCO's segmentation).
+    records: a dict for each object: id, key (equal keys mean the same photo), sentences, maybe kind
+    (of the sentences), photo (a path), size [height, width] of the photo, mask (a path or COCO's
+    segmentation).
     """
 
     phrases_per_photo = 1  # number of neighbouring objects that always share a photo
@@ -567,17 +566,9 @@ class Dataset:
     def sentences(self, i: int) -> list[str]:
         return self.record(i)["sentences"]
 
-    def kinds(self, i: int) -> list[str]:
-        """The kind of each sentence; "" where the source names none."""
-        record = self.record(i)
-        return record.get("kinds") or [""] * len(record["sentences"])
-
     def photo_key(self, i: int):
         """Equal keys mean the same photo."""
         return self.record(i)["key"]
-
-    def object_id(self, i: int) -> str:
-        return self.record(i)["id"]
 
     def files(self) -> set[str]:
         """The paths of all photos and masks. evaluate.py refuses to write over them."""
@@ -629,11 +620,10 @@ def open_dataset(name: str, split: str, root: str | Path = "data", seed: int = 0
     mix: the three training sets together, without any photo of their val and test splits. Its val
     is RefCOCO's.
     """
-    splits = dict.fromkeys(PALETTES, SHAPES) | REFCOCO | {"mix": ("train", "val")}
     if name.lower().endswith(".jsonl"):
         records = jsonl_records(name, split)
-    elif split not in splits.get(name, ()):
-        known = [f"{other} ({' '.join(splits[other])})" for other in splits]
+    elif split not in SPLITS.get(name, ()):
+        known = [f"{other} ({' '.join(splits)})" for other, splits in SPLITS.items()]
         raise ValueError(
             f"no {split!r} of {name!r}; there are the path of a .jsonl file, and {', '.join(known)}"
         )
@@ -644,6 +634,8 @@ def open_dataset(name: str, split: str, root: str | Path = "data", seed: int = 0
     else:
         source = "refcoco" if name == "mix" else name
         records = refcoco_records(source, split, root)
+    if not records:
+        raise ValueError(f"{name} holds no object of split {split!r}")
     return Dataset(name, split, records)
 
 
@@ -789,7 +781,7 @@ def mix_records(root):
 
 # ---- your own data ----
 
-LINE_KEYS = "the keys image, mask, sentences and maybe split"
+LINE_KEYS = {"image", "mask", "sentences"}  # and maybe split
 LINE_SPLITS = ("train", "val", "test", "testA", "testB")
 
 
@@ -814,26 +806,18 @@ def jsonl_records(path, split):
                 records.append({"id": record_id} | line_record(entry, path.parent))
         except Exception as error:  # whatever it is, the line gets named
             raise ValueError(f"{path} line {number}: {error}") from error
-    if not records:
-        raise ValueError(f"{path} holds no line for split {split!r}")
     return records
 
 
 def read_line(line):
     """The object that a line holds, with the keys, sentences and split that it must have."""
-    try:
-        entry = json.loads(line)
-    except ValueError as error:
-        raise ValueError(f"expected {{...}} with double quotes, in UTF-8; {error}") from error
-    if not isinstance(entry, dict):
-        raise ValueError(f"expected {{...}} with {LINE_KEYS}, got {str(entry)[:60]}")
-
-    known = {"image", "mask", "sentences", "split"}
-    for key in entry.keys() - known:  # a line with "spilt" for "split" would be in every split
-        nearest = difflib.get_close_matches(key, known, n=1, cutoff=0)[0]
-        raise ValueError(f"unknown key {key!r}, did you mean {nearest!r}? Expected {LINE_KEYS}")
-    if not known - {"split"} <= entry.keys():
-        raise ValueError(f"its keys are {', '.join(entry)}; expected {LINE_KEYS}")
+    entry = json.loads(line)
+    # other keys are refused: a line with "spilt" for "split" would be in every split
+    if not isinstance(entry, dict) or entry.keys() - {"split"} != LINE_KEYS:
+        raise ValueError(
+            f"{str(entry)[:80]}: expected {{...}} with the keys image, mask, sentences and, if you "
+            "like, split"
+        )
     check_sentences(entry["sentences"], "")
     if entry.get("split", "train") not in LINE_SPLITS:
         raise ValueError(f"split {entry['split']!r}: expected one of {', '.join(LINE_SPLITS)}")
@@ -896,6 +880,7 @@ SHAPES = {
     "testA": 1000,
     "testB": 1000,
 }  # phrases of a split; of train, which is endless, in one epoch
+SPLITS = dict.fromkeys(PALETTES, SHAPES) | REFCOCO | {"mix": ("train", "val")}  # of each data set
 MARGIN = 0.05  # places that a phrase compares lie further apart than this share of the side
 
 
@@ -965,7 +950,7 @@ class Shapes(Dataset):
             "id": f"{self.name}/{self.split} {i}",
             "key": k,
             "sentences": [phrase],
-            "kinds": [kind],
+            "kind": kind,
             "thing": things[meant],
         }
 
@@ -1239,8 +1224,6 @@ class TrainBatches(PairBatches):
                 f"--batch_size {cfg.batch_size}: need a multiple of {unit}, {world} processes "
                 f"times {cfg.accumulate} parts times {dataset.phrases_per_photo} phrases a photo"
             )
-        if len(dataset) == 0:
-            raise ValueError(f"{dataset.name} {dataset.split} holds no object to train on")
 
         self.rank = rank
         self.world = world
@@ -1320,29 +1303,24 @@ class EvalBatches(PairBatches):
         return {"rows": rows, "image": self.image(pairs), "tokens": tokens, "truth": truth}
 
 
-class SceneBatches(torch.utils.data.Dataset):
-    """Batches of rendered scenes without any phrase, to pretrain the small image encoder on.
+SCENES = 32  # of a batch without phrases
 
-    Each is a function of its number alone. cells: side of the grid that the labels are drawn on.
+
+def scene_batch(number, image_size, cells):
+    """Rendered scenes without any phrase, to pretrain the small image encoder on.
+
+    The number alone decides what they show. cells: side of the grid that the labels are drawn on.
+    Returns image uint8 (SCENES, 3, size, size) and labels (SCENES, 3, cells, cells), see
+    draw_labels.
     """
-
-    BATCH = 32  # scenes
-
-    def __init__(self, image_size, cells):
-        self.image_size = image_size
-        self.cells = cells
-        self.tensor_bytes = self.BATCH * 3 * (image_size**2 + 8 * cells**2)  # image and labels
-
-    def __getitem__(self, number):
-        """image uint8 (32, 3, size, size); labels (32, 3, cells, cells), see draw_labels."""
-        rng = np.random.default_rng([number, 2])
-        photos = []
-        labels = []
-        for _ in range(self.BATCH):
-            things = scatter(rng, PALETTES["shapes"])
-            photos.append(letterbox(render(things, Shapes.side, rng), self.image_size))
-            labels.append(draw_labels(things, self.cells))
-        return {"image": to_image(photos), "labels": torch.from_numpy(np.stack(labels)).long()}
+    rng = np.random.default_rng([number, 2])
+    photos = []
+    labels = []
+    for _ in range(SCENES):
+        things = scatter(rng, PALETTES["shapes"])
+        photos.append(letterbox(render(things, Shapes.side, rng), image_size))
+        labels.append(draw_labels(things, cells))
+    return to_image(photos), torch.from_numpy(np.stack(labels)).long()
 
 
 def to_image(photos):
@@ -1438,29 +1416,10 @@ def cache_photos(dataset, folder, size, rule="aligned"):
     path.parent.mkdir(parents=True, exist_ok=True)
     with lock(f"{path}.lock", "w"):
         if not path.exists() or path.stat().st_size != len(photos) * size * size * 3:
-            write_cache(path, dataset, objects, size, rule)
+            with write_whole(path) as file:
+                for i in progress(objects, len(objects), f"photos of {path}"):
+                    file.write(dataset.letterboxed(i, size, rule).tobytes())
     dataset.cache = PhotoCache(path, numbers, size, rule)
-
-
-def write_cache(path, dataset, objects, size, rule):
-    """Appends these objects' photos to PATH.part, which is renamed when it is complete.
-
-    If a run is killed, the next one goes on after the last whole photo.
-    """
-    n = size * size * 3
-    with open(f"{path}.part", "ab") as unfinished:
-        done = unfinished.tell() // n
-        unfinished.truncate(done * n)  # a photo that was cut off
-        needed = (len(objects) - done) * n / 1e9
-        free = shutil.disk_usage(path.parent).free / 1e9
-        if needed > free:
-            raise OSError(f"{path} needs {needed:.2f} GB more, {free:.2f} GB are free on its disk")
-
-        for i in progress(objects[done:], len(objects), f"photos of {path}", done):
-            unfinished.write(dataset.letterboxed(i, size, rule).tobytes())
-        unfinished.flush()
-        os.fsync(unfinished.fileno())
-    os.replace(f"{path}.part", path)
 
 
 # ---- files and errors ----

@@ -16,7 +16,6 @@ the side of the square that a photo is letterboxed into.
 import argparse
 import contextlib
 import copy
-import functools
 import io
 import json
 import os
@@ -34,8 +33,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from data import (
-    REFCOCO,
-    SHAPES,
+    SPLITS,
     Dataset,
     EvalBatches,
     fit_inside,
@@ -72,7 +70,6 @@ GREEN = (20, 150, 70)  # ground truth
 RED = (220, 30, 30)  # predicted, or wrongly predicted
 BLUE = (30, 100, 255)  # missed
 CELL = 224  # pixels, the side of a picture in the panels
-FONTS = ("NotoSansCJK-Regular.ttc", "Arial Unicode.ttf", "msyh.ttc", "DejaVuSans.ttf", "arial.ttf")
 ALL_EMPTY = "every predicted mask is empty: train longer, or try a lower --threshold"
 
 
@@ -188,8 +185,8 @@ def bootstrap_bounds(rows):
 def groups_of(phrase, kind, share):
     """The groups that a sentence is reported in.
 
-    They tell its kind ("" where the data set names none), the words of place in it, its length, and
-    the share of the photo that its object covers.
+    They tell its kind (None where the data set names none), the words of place in it, its length,
+    and the share of the photo that its object covers.
     """
     groups = []
     if kind:
@@ -315,19 +312,21 @@ def describe_sentences(batches, measured):
     rows = []
     sentences = zip(batches.pairs, batches.text_pairs, measured, strict=True)
     for (i, sentence), (j, text_sentence), (inter, union, share, confidence) in sentences:
-        phrase = dataset.sentences(j)[text_sentence]
+        shown = dataset.record(i)
+        spoken = dataset.record(j)
+        phrase = spoken["sentences"][text_sentence]
         row = {
-            "id": dataset.object_id(i),
+            "id": shown["id"],
             "sentence": sentence,
             "object": i,
-            "photo": str(dataset.photo_key(i)),
+            "photo": str(shown["key"]),
             "phrase": phrase,
             "iou": inter / max(union, 1),
             "score": confidence,
             "inter": inter,
             "union": union,
             "empty": confidence == 0,
-            "groups": groups_of(phrase, dataset.kinds(j)[text_sentence], share),
+            "groups": groups_of(phrase, spoken.get("kind"), share),
         }
         rows.append(row)
     return rows
@@ -381,15 +380,6 @@ def paint(photo, mask, colour, truth=None):
     return Image.fromarray(picture)
 
 
-@functools.cache
-def load_font():
-    """The first of FONTS (most scripts first) that this machine has, or else Pillow's own."""
-    for name in FONTS:
-        with contextlib.suppress(OSError):
-            return ImageFont.truetype(name, 15)
-    return ImageFont.load_default(15)
-
-
 def label_pictures(photo, truth, preds):
     """The pictures of one row of panels, each with its label: (label, picture)."""
     pictures = [("photo", photo), ("ground truth", paint(photo, truth, GREEN))]
@@ -404,7 +394,7 @@ def label_pictures(photo, truth, preds):
 
 def draw_row(title, pictures):
     """One row of panels: the title above, then each (label, picture), letterboxed to a cell."""
-    font = load_font()
+    font = ImageFont.load_default(15)
     width = 8 + (CELL + 8) * len(pictures)
     letters = int(0.9 * width * len(title) / font.getlength(title))  # that fit on a line
     lines = textwrap.wrap(title, letters)
@@ -606,9 +596,7 @@ def splits_of(name, split):
     """
     if split != "all":
         return [split]
-    known = REFCOCO.get(name, ["val"])
-    if name in ("shapes", "shapes_other"):
-        known = SHAPES
+    known = SPLITS.get(name, ["val"])
     return [each for each in known if each != "train"]
 
 

@@ -286,8 +286,16 @@ CHOICES = {
     "schedule": ("step", "cosine"),
     "table": (0, 2, 3, 4, 5),
 }
-# These whole numbers may be 0; all others must be 1 or more. Every float may be 0.
-MAY_BE_ZERO = ("registers", "seed", "workers", "threads", "table", "benchmark")
+LEAST = {  # of whole numbers; of all others it is 1. Fractions begin at 0.
+    "registers": 0,
+    "seed": 0,
+    "workers": 0,
+    "threads": 0,
+    "table": 0,
+    "benchmark": 0,
+    "vocab_size": 4,  # padding, a word, start and end
+    "text_length": 3,  # start, a word, end
+}
 BELOW = {
     "dropout": 1,
     "warmup": 1,
@@ -315,17 +323,14 @@ def check_ranges(cfg):
             refuse(cfg, name, f"one of {choices}")
     for f in fields(cfg):
         value = getattr(cfg, f.name)
-        if f.type is int and value < 1 and f.name not in MAY_BE_ZERO:
-            refuse(cfg, f.name, "1 or more")
-        if f.type in (int, float) and not 0 <= value < math.inf:
-            refuse(cfg, f.name, "0 or more")
+        least = LEAST.get(f.name, 1 if f.type is int else 0)
+        if f.type in (int, float) and not least <= value < math.inf:
+            refuse(cfg, f.name, f"{least} or more")
     for name, bound in BELOW.items():
         if getattr(cfg, name) >= bound:
             refuse(cfg, name, f"less than {bound}")
-    if cfg.vocab_size < 4:
-        refuse(cfg, "vocab_size", "4 or more: padding, a word, start and end")
-    if not 3 <= cfg.text_length <= cfg.context:
-        refuse(cfg, "text_length", f"3 to {cfg.context}, the length of --context")
+    if cfg.text_length > cfg.context:
+        refuse(cfg, "text_length", f"{cfg.context} at most, the length of --context")
 
 
 def check_shapes(cfg):

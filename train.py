@@ -37,8 +37,8 @@ from data import (
     COLOURS,
     FORMS,
     LOCKS,
+    SCENES,
     SIZES,
-    SceneBatches,
     Shapes,
     TrainBatches,
     cache_photos,
@@ -49,6 +49,7 @@ from data import (
     read_file,
     remove_leftovers,
     run_as_program,
+    scene_batch,
     write_whole,
 )
 from evaluate import (
@@ -293,7 +294,7 @@ def pretrain_image_encoder(model):
     head = nn.Linear(cfg.vision_width, CELLS**2 * sum(classes)).to(device)
 
     def loss_of_some():
-        picked = torch.randint(len(images), (SceneBatches.BATCH,))
+        picked = torch.randint(len(images), (SCENES,))
         image = (images[picked].to(device) - model.mean) / model.std
         with precision(cfg.bf16, device):
             patches = model.vision(image, None)[-1].flatten(2).transpose(1, 2)  # (B, N, C)
@@ -354,14 +355,15 @@ def fit(modules, loss_of_some, steps, what):
 
 def labelled_scenes(cfg):
     """image uint8 (P, 3, s, s), and labels (P, 3, N, cells of a patch)."""
-    side = cfg.image_size // cfg.patch_size
-    scenes = SceneBatches(cfg.image_size, CELLS * side)
-    loader = make_loader(scenes, range(SCENE_BATCHES), cfg.workers)
-    batches = list(progress(loader, SCENE_BATCHES, "batches of scenes"))
-    images = torch.cat([batch["image"] for batch in batches])
-    labels = torch.cat([batch["labels"] for batch in batches])  # (P, 3, CELLS * h, CELLS * w)
+    images = []
+    labels = []
+    for number in progress(range(SCENE_BATCHES), SCENE_BATCHES, "batches of scenes"):
+        image, label = scene_batch(number, cfg.image_size, CELLS * cfg.grid_side)
+        images.append(image)
+        labels.append(label)
+    labels = torch.cat(labels)  # (P, 3, CELLS * h, CELLS * w)
     labels = F.pixel_unshuffle(labels, CELLS)  # (P, 3 * cells of a patch, h, w)
-    return images, labels.unflatten(1, (3, CELLS**2)).flatten(3).transpose(2, 3)
+    return torch.cat(images), labels.unflatten(1, (3, CELLS**2)).flatten(3).transpose(2, 3)
 
 
 # ---- what the loop leans on ----
@@ -455,7 +457,7 @@ def objects_of_step(number, batches):
     """Ids of the objects in step `number`, counted from 1, of all parts and processes."""
     undivided = replace(batches.cfg, accumulate=1)
     steps = TrainBatches(batches.dataset, batches.tokenizer, undivided)  # of one process
-    return [batches.dataset.object_id(i) for i, _ in steps.pairs(number - 1)]
+    return [batches.dataset.record(i)["id"] for i, _ in steps.pairs(number - 1)]
 
 
 RUN_FILES = ("log.jsonl", "last.pt", "best.pt", "curves.png", "panels.png")
