@@ -167,6 +167,7 @@ from train import (
     leave_folder,
     lr_factor,
     objects_of_step,
+    prepare,
     pretrain,
     pretrain_image_encoder,
     pretrain_text_encoder,
@@ -1241,6 +1242,20 @@ def test_batch_norm_over_two_processes_equals_one_batch_of_both():
         assert_close(layer.bn.running_mean, whole_layer.bn.running_mean, 1e-6)
         assert_close(layer.bn.running_var, whole_layer.bn.running_var, 1e-5)
         assert layer.bn.num_batches_tracked == 1
+
+
+def test_batch_norm_over_processes_averages_bfloat16_in_float32():
+    """bfloat16 keeps 8 bits: a mean of 100 could be off by 0.25. What goes on is bfloat16 again."""
+    torch.manual_seed(0)
+    bn = nn.BatchNorm2d(2)
+    x = (100 + torch.randn(4, 2, 8, 8)).bfloat16()
+    expected = x.float().mean((0, 2, 3)) * bn.momentum
+
+    with patch("adapters.dist", ThreadsAsProcesses(1)):
+        found = batch_norm_over_processes(x, bn)
+
+    assert_close(bn.running_mean, expected, 1e-5)
+    assert found.dtype == torch.bfloat16
 
 
 def test_in_evaluation_batch_norm_reads_its_averages_in_every_process():
@@ -2692,6 +2707,20 @@ def test_loaders_leave_signals_to_their_program():
     assert len(list(batches)) == 39
 
 
+def test_a_loader_process_keeps_no_lock_of_its_program():
+    """It may live on for seconds after a kill of its program, and a new run could not begin."""
+    path = new_folder() / "lock"
+    held = lock(path, "w", wait=False)
+    with patch("data.LOCKS", [held]):
+        batches = iter(make_loader(batches_of(Shapes("train")), range(99), workers=1))
+        next(batches)
+
+    held.close()
+
+    lock(path, "w", wait=False).close()  # raises if the loader has it
+    assert len(list(batches)) == 98
+
+
 PROGRAM_WITH_CHILDREN = """
 import subprocess, sys, time, multiprocessing
 from types import SimpleNamespace
@@ -2852,6 +2881,21 @@ def test_a_write_that_fails_leaves_the_old_file_and_nothing_else():
         assert os.listdir(path.parent) == ["file"]
 
 
+def test_all_bytes_are_on_the_disk_before_the_file_gets_its_name():
+    """After a power cut the name must not stand for a file that is empty or cut off."""
+    path = new_folder() / "file"
+    sizes = []
+
+    def look(descriptor: int) -> None:
+        sizes.append(os.fstat(descriptor).st_size)
+        assert not path.exists()
+
+    with patch("os.fsync", look):
+        write_bytes(path, b"whole")
+
+    assert sizes == [5]
+
+
 def test_two_writers_of_one_file_never_mix():
     """With one temporary name the second would go on in what the first has open."""
     path = new_folder() / "file"
@@ -2920,6 +2964,35 @@ def test_an_error_of_a_loader_is_told_without_its_traceback():
 
     assert "Traceback" in str(caught.exception)
     assert ended_with(caught.exception) == "train.py: photo 7 is broken"
+
+
+def test_what_a_program_prints_shows_at_once_in_a_pipe():
+    """Else the log of a long run would stay empty for hours. Here the program waits until its first
+    line was read."""
+    program = """
+import sys
+from data import run_as_program
+
+def main():
+    print("begun")
+    sys.stdin.readline()
+
+run_as_program(main)
+"""
+    child = subprocess.Popen(
+        [sys.executable, "-c", program],
+        cwd=PROJECT,
+        env=os.environ | {"PYTHONUNBUFFERED": ""},  # as a shell has it
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    )
+
+    with time_limit(60):
+        line = child.stdout.readline()
+    child.communicate(b"go on")
+
+    assert line == b"begun\n"
+    assert child.returncode == 0
 
 
 def test_known_errors_of_torch_come_with_advice():
@@ -3944,6 +4017,20 @@ def test_a_server_that_does_not_tell_the_length_is_read_to_the_known_size():
         assert_fetched(folder)
 
 
+def test_no_pause_before_a_try_is_longer_than_a_minute():
+    """Doubled each time, pauses would soon be hours, while the network may be back in a minute."""
+    with (
+        places("busy", tries=8) as folder,
+        patch("weights.PAUSE", 1.0),
+        patch("weights.time.sleep") as sleep,
+        patch("weights.fetch_from", side_effect=requests.ConnectionError),
+    ):
+        error_of(OSError, download, "f", folder)
+
+    pauses = [call.args[0] for call in sleep.call_args_list]
+    assert pauses == [2, 4, 8, 16, 32, 60, 60, 60]
+
+
 def test_a_file_is_on_the_disk_before_it_gets_its_name():
     """After a power cut a name without its bytes would pass for the file."""
     with places("good") as folder, patch("os.fsync") as synced:
@@ -4845,6 +4932,24 @@ def test_showcase_picks_best_median_and_worst():
     assert np.array_equal(preds["a"], segment(model, photo, "phrase 7")[0])
     assert preds["a"].any()
     assert not empty[0][3]["a"].any()
+
+
+def test_an_outline_is_as_wide_as_the_longer_side_asks():
+    """A pixel, and one more for each 400 of the longer side: it must show in a large photo too."""
+    photo = Image.new("RGB", (800, 30))
+    mask = np.zeros((30, 800), bool)
+    mask[:, 300:500] = True
+
+    row = np.array(paint(photo, mask, RED))[15]
+
+    assert [tuple(pixel) == RED for pixel in row[295:301]] == [
+        False,
+        False,
+        True,
+        True,
+        True,
+        False,
+    ]
 
 
 # ---- the command line ----
@@ -6016,6 +6121,19 @@ def assert_model_goes_before_its_group(flags: list[str]) -> None:
     assert held == [0]
 
 
+def test_processes_exchange_no_buffers_before_each_forward():
+    """Every process computes the same averages; the exchange would cost and change nothing."""
+    dist = torch.distributed
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        model, _ = prepare(small_model(), small_config(), CPU)
+        assert isinstance(model, nn.parallel.DistributedDataParallel)
+        assert not model.broadcast_buffers
+        del model
+    finally:
+        dist.destroy_process_group()
+
+
 def test_training_lets_its_model_go_before_the_group_of_processes():
     """A model that is the last to hold the group ends it with Python's lock held, and may hang."""
     flags = small_run(epochs=1, data_root=make_refcoco(), out=new_folder())
@@ -6261,6 +6379,26 @@ def test_a_terminal_shows_one_line_written_over_and_over():
     assert first.startswith("epoch ")
     assert second.startswith("epoch ")
     assert rest == "\nval after epoch 1: mIoU 50.00, oIoU 25.00\n"
+
+
+def test_validation_loads_with_as_many_processes_as_training():
+    """Val has 10,834 sentences: one process alone would keep a GPU waiting."""
+    val = Shapes("val")
+    cfg = small_config(workers=3)
+
+    with patch("train.evaluate", return_value={"rows": []}) as scored:
+        validate(None, val, cfg, CPU)
+
+    assert scored.call_args.kwargs["workers"] == 3
+
+
+def test_threads_are_those_that_were_asked_for():
+    """tiny asks for one: on a busy machine two threads would wait for each other."""
+    with patch("torch.set_num_threads") as set_threads:
+        train_here(["--table", "4", "--threads", "3"])
+        train_here(["--table", "4", "--threads", "0"])
+
+    set_threads.assert_called_once_with(3)
 
 
 def test_validation_on_a_cpu_is_in_float32():
@@ -7429,6 +7567,20 @@ def test_a_checkpoint_without_optimizer_is_safe_however_its_path_is_written():
     message = error_of(ValueError, train_here, ["--resume", relative, "--out", str(out)])
 
     assert "give another --out" in message
+
+
+def test_each_loss_is_read_once():
+    """A run of 100,000 steps must not read all of them again each time it looks."""
+    numbers = []
+
+    def read(unread, step, lr, batches):
+        numbers.append(len(unread))
+        return read_values(unread, step, lr, batches)
+
+    with patch("train.read_values", read):
+        train_here(small_run(data_root=make_refcoco(), out=new_folder()))
+
+    assert numbers == [2, 1, 2, 1]  # the epochs end in steps 2, 3, 5 and 6
 
 
 def test_the_logged_loss_is_the_last_steps():

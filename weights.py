@@ -9,7 +9,6 @@ Nothing inside any file is ever run as code.
 """
 
 import argparse
-import copy
 import hashlib
 import io
 import os
@@ -289,7 +288,7 @@ def load_optimizer(optimizer, state, source):
             raise ValueError(f"{source} is damaged: its optimizer does not fit the model")
 
     settings = optimizer.state_dict()["param_groups"]
-    optimizer.load_state_dict({"state": copy.deepcopy(state), "param_groups": settings})
+    optimizer.load_state_dict({"state": state, "param_groups": settings})
 
 
 def shape_of(value):
