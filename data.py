@@ -201,7 +201,7 @@ BORDER = (123, 117, 104)  # CLIP's mean colour, (0.48145466, 0.4578275, 0.408210
 
 # what may be opened as a photo; Pillow knows more, among them EPS, for which it starts Ghostscript
 PHOTO_FORMATS = ("JPEG", "PNG", "WEBP", "AVIF", "TIFF", "BMP", "GIF", "PPM", "JPEG2000")
-WHITES = (255, 4095, 65535)
+WHITES = (255, 4095, 65535)  # of 8, 12 and 16 bits a pixel, see scale_to_bytes
 MASK_FORMATS = ("PNG", "TIFF")  # without loss: JPEG would blur the edge of a mask
 
 TURNS = {  # EXIF's orientation -> what brings such a photo upright
@@ -436,7 +436,7 @@ def unpack_counts(text):
     of this number follow. From the fourth on, numbers are differences to the count two before.
     """
     data = text.encode("utf-8", "replace") if isinstance(text, str) else text
-    # a number is any of the characters P to o, then one of 0 to O, which is its last
+    # a number is none or more of the characters P to o, then one of 0 to O
     if not re.fullmatch(rb"[0-o]*[0-O]|", data):
         raise ValueError(f"compressed RLE {text[:80]!r} is cut off or holds a foreign character")
 
@@ -497,14 +497,14 @@ def polygon_flips(corners, height, width):
     points = (starts[edge] + slopes[edge] * step[:, None] + 0.5).astype(np.int64)  # (M, 2)
 
     # For each point: how many pixel columns have their middle left of it, and how many rows above
-    # it. The middle of column c is 5 * c + 2.5 on the fine grid. Columns and rows outside the photo
-    # do not count. Where an edge passes a middle, the upper of the two points beside it counts.
+    # it. The middle of column c is 5 * c + 2.5 on the fine grid.
     columns, rows = ((points + 2) // 5).T
-    columns = columns.clip(0, width)
-    rows = rows.clip(0, height)
+    columns = columns.clip(0, width)  # beside the photo nothing is crossed
+    rows = rows.clip(0, height)  # what is crossed above it counts from its first row on
     same_edge = step[1:] > 0
     next_column = columns[1:] != columns[:-1]
     crosses = same_edge & next_column
+    # of the two points beside a middle, the left one tells the column, the upper one the row
     column = np.minimum(columns[1:], columns[:-1])[crosses]
     row = np.minimum(rows[1:], rows[:-1])[crosses]
     return column * height + row
@@ -528,7 +528,7 @@ class Dataset:
     segmentation).
     """
 
-    phrases_per_photo = 1  # number of neighbouring objects that always share a photo
+    phrases_per_photo = 1  # neighbouring objects that surely share a photo: in Shapes there are 4
     endless = False  # True: an index beyond the length is a fresh object
     cache = None  # a PhotoCache, see cache_photos
 
@@ -879,7 +879,7 @@ SHAPES = {
     "val": 1000,
     "testA": 1000,
     "testB": 1000,
-}  # phrases of a split; of train, which is endless, in one epoch
+}  # phrases of a split. train has no end: there they are the phrases of one epoch.
 SPLITS = dict.fromkeys(PALETTES, SHAPES) | REFCOCO | {"mix": ("train", "val")}  # of each data set
 MARGIN = 0.05  # places that a phrase compares lie further apart than this share of the side
 

@@ -79,8 +79,8 @@ ALL_EMPTY = "every predicted mask is empty: train longer, or try a lower --thres
 def restore_probabilities(logits, sizes, image_size, rule="aligned"):
     """logits (B, 1, 4h, 4w) -> B probabilities (H, W), float32, one for each (H, W) of sizes."""
     prob = logits.float().sigmoid()
-    # differs: the authors' release aligns corners, which moves pixels off their centres; our own
-    # rule, aligned, leaves the centres where they are at every change of size
+    # differs: our rule "aligned" leaves the centres of pixels where they are at every change of
+    # size. torch's align_corners, which the authors' release sets, moves them.
     is_detris = rule == "detris"
     undo = undo_letterbox_detris if is_detris else undo_letterbox
     squares = F.interpolate(prob, image_size, mode="bicubic", align_corners=is_detris)
@@ -499,7 +499,7 @@ def time_scoring(model, dataset, args):
     Each is the fastest of four runs. The two alternate, so that a busy machine slows both.
     """
     few = copy.copy(dataset)
-    few.ends = dataset.ends[: args.benchmark + 1]
+    few.ends = dataset.ends[: args.benchmark + 1]  # a data set is as long as its ends less one
     seconds = {1: [], args.batch_size: []}
     for _ in range(4):
         for batch_size, turns in seconds.items():

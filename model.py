@@ -286,7 +286,7 @@ CHOICES = {
     "schedule": ("step", "cosine"),
     "table": (0, 2, 3, 4, 5),
 }
-LEAST = {  # of whole numbers; of all others it is 1. Fractions begin at 0.
+LEAST = {  # the smallest value of a whole number; of one that is not listed it is 1, of fractions 0
     "registers": 0,
     "seed": 0,
     "workers": 0,
@@ -712,8 +712,9 @@ class Projector(nn.Module):
         kernel, bias = self.kernel(sentence).split([9 * c, 1], dim=1)  # F_l: (B, 9 * c), (B, 1)
         kernel = kernel.unflatten(1, (c, 9)).transpose(1, 2)  # (B, 9, c)
         # Along one axis a kernel has the places k = 0, 1, 2. At place k, a convolution takes pixel
-        # q = p + k - 1 to pixel p, which is q + (2 - k) - 1. F.fold adds map k of pixel q to pixel
-        # q + k - 1. So place k of the kernel is fold's place 2 - k: the nine are reversed first.
+        # q to the pixel p with q = p + k - 1. Solved for p, that is p = q + (2 - k) - 1. F.fold
+        # adds map k of pixel q to pixel q + k - 1. So place k of the kernel is fold's place 2 - k:
+        # the nine are reversed first.
         kernel = kernel.flip(1)
 
         mixed_kernel = kernel @ self.mix.weight.flatten(1)  # (B, 9, c)
@@ -739,12 +740,13 @@ class UpConvBN(ConvBN):
 
     def __init__(self, inputs, outputs, side):
         super().__init__(inputs, outputs, 3)
+        # Wanted is matrix[p, k * h + x]: the share of pixel x in the enlarged pixel p + k - 1,
+        # which the kernel's place k reads for p; 0 where that lies outside.
         one_pixel_each = torch.eye(side)[None]  # (1, h, h)
+        # enlarged[x, q]: the share of pixel x in the enlarged pixel q
         enlarged = F.interpolate(one_pixel_each, scale_factor=2, mode="linear")[0]  # (h, 2h)
         padded = F.pad(enlarged, (1, 1))  # (h, 2h + 2)
-        shifted = padded.unfold(1, 2 * side, 1)  # (h, 3, 2h), a shift for each column of the kernel
-        # matrix[p, k * h + x]: the share of pixel x in the enlarged pixel p + k - 1, which the
-        # kernel's place k reads for p; 0 where that lies outside
+        shifted = padded.unfold(1, 2 * side, 1)  # [x, k, p] is enlarged[x, p + k - 1]: (h, 3, 2h)
         matrix = shifted.permute(2, 1, 0).flatten(1)  # (2h, 3h)
         self.register_buffer("matrix", matrix, persistent=False)
 

@@ -384,10 +384,10 @@ def what_trains(model):
 def prepare(raw, cfg, device):
     """(model, optimizer): the model on its device, compiled and spread over processes."""
     raw.to(device, memory_format=torch.channels_last)  # convolutions in bfloat16 are faster so
-    # The projector reads the weights of `mix` as a matrix. They get plain strides, by a copy: else
+    # The projector reads the weights of `mix` as a matrix, so they get the strides of one. Else
     # DistributedDataParallel would warn that their gradient has other strides.
     mix = raw.projector.mix.weight
-    mix.data = mix.data.flatten(1)[:, :, None, None]
+    mix.data = mix.data.flatten(1)[:, :, None, None]  # (c, c, 1, 1), with the strides of (c, c)
     raw.train()
     model = raw
     if cfg.compile:
@@ -419,7 +419,8 @@ def resume_point(cfg, saved, optimizer, total):
             "raise --epochs"
         )
     load_optimizer(optimizer, saved["optimizer"], saved["path"])
-    # The last epoch is validated in any case: the pictures at the end need its sentences.
+    # A run that is resumed at its end validates once more, since the pictures at the end need the
+    # sentences: the loop does so where validated < step.
     validated = min(saved["validated"], total - 1)
     return saved["step"], validated, saved["best"]
 

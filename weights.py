@@ -64,7 +64,7 @@ def restore_model(saved, config):
     model = DCRIS(config)
     encoders = encoder_keys(model)
     left_out = set()
-    if encoders.isdisjoint(saved["model"]):  # they are the released ones
+    if encoders.isdisjoint(saved["model"]):  # the file holds no encoders: they are released ones
         if config.weights == "none":
             raise ValueError(f"{saved['path']} holds no encoders: name their folder with --weights")
         load_encoders(model)
@@ -787,9 +787,9 @@ def download(name: str, root: str | Path = "weights") -> Path:
     is an error, a web page, a file of another size or with another digest) is not asked again. A
     place that fails in passing (no connection, silence, a cut, "too many requests", a fault of its
     server) is asked again after the other places. Between two tries we pause, longer after each
-    vain one. We give up when no place is left, or after TRIES tries in a row that brought no new
-    byte. If a part from before turns out wrong at the end, it is thrown away, and its place is
-    asked once more.
+    vain one. We give up when no place is left, or after TRIES tries in a row that left the part
+    no longer than it ever was. If a part from before turns out wrong at the end, it is thrown away,
+    and its place is asked once more.
 
     Raises OSError, with every place's last answer and what to do by hand, or where the disk has too
     little space; ValueError if a file of this name is there but damaged.
