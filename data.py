@@ -611,7 +611,13 @@ def open_archive(path, process):
 
     Processes that shared one open file would move each other's place in it.
     """
-    return zipfile.ZipFile(path)
+    try:
+        return zipfile.ZipFile(path)
+    except Exception as error:  # zipfile, too, raises nearly anything on a broken file
+        raise ValueError(
+            f"{path} cannot be read ({error}); if it is damaged, delete it and run python "
+            "weights.py coco"
+        ) from error
 
 
 def open_dataset(name: str, split: str, root: str | Path = "data", seed: int = 0) -> Dataset:
@@ -1303,24 +1309,29 @@ class EvalBatches(PairBatches):
         return {"rows": rows, "image": self.image(pairs), "tokens": tokens, "truth": truth}
 
 
-SCENES = 32  # of a batch without phrases
+class SceneBatches(torch.utils.data.Dataset):
+    """Batches of rendered scenes without any phrase, to pretrain the small image encoder on.
 
-
-def scene_batch(number, image_size, cells):
-    """Rendered scenes without any phrase, to pretrain the small image encoder on.
-
-    The number alone decides what they show. cells: side of the grid that the labels are drawn on.
-    Returns image uint8 (SCENES, 3, size, size) and labels (SCENES, 3, cells, cells), see
-    draw_labels.
+    Each is a function of its number alone. cells: side of the grid that the labels are drawn on.
     """
-    rng = np.random.default_rng([number, 2])
-    photos = []
-    labels = []
-    for _ in range(SCENES):
-        things = scatter(rng, PALETTES["shapes"])
-        photos.append(letterbox(render(things, Shapes.side, rng), image_size))
-        labels.append(draw_labels(things, cells))
-    return to_image(photos), torch.from_numpy(np.stack(labels)).long()
+
+    BATCH = 32  # scenes
+
+    def __init__(self, image_size, cells):
+        self.image_size = image_size
+        self.cells = cells
+        self.tensor_bytes = self.BATCH * 3 * (image_size**2 + 8 * cells**2)  # image and labels
+
+    def __getitem__(self, number):
+        """image uint8 (32, 3, size, size); labels (32, 3, cells, cells), see draw_labels."""
+        rng = np.random.default_rng([number, 2])
+        photos = []
+        labels = []
+        for _ in range(self.BATCH):
+            things = scatter(rng, PALETTES["shapes"])
+            photos.append(letterbox(render(things, Shapes.side, rng), self.image_size))
+            labels.append(draw_labels(things, self.cells))
+        return {"image": to_image(photos), "labels": torch.from_numpy(np.stack(labels)).long()}
 
 
 def to_image(photos):

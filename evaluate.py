@@ -788,12 +788,15 @@ def plan_files(args):
 
 
 def refuse_to_overwrite(written, kept):
-    """Raise ValueError where a file to be written is a folder, is to be kept, or is named twice."""
+    """Raise ValueError where a file to be written is to be kept, is named twice, or is no file.
+
+    A device such as /dev/stdout would be replaced by the new file, for all programs.
+    """
     taken = {file_key(path): path for path in kept}
     for path in written:
         key = file_key(path)
-        if os.path.isdir(path):
-            raise ValueError(f"{path} is a folder: name a file to write")
+        if os.path.exists(path) and not os.path.isfile(path):
+            raise ValueError(f"{path} is a folder or a device: name a file to write")
         if key in taken:
             raise ValueError(f"{path} would overwrite {taken[key]}: choose another name")
         taken[key] = path

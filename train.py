@@ -37,8 +37,8 @@ from data import (
     COLOURS,
     FORMS,
     LOCKS,
-    SCENES,
     SIZES,
+    SceneBatches,
     Shapes,
     TrainBatches,
     cache_photos,
@@ -49,7 +49,6 @@ from data import (
     read_file,
     remove_leftovers,
     run_as_program,
-    scene_batch,
     write_whole,
 )
 from evaluate import (
@@ -294,7 +293,7 @@ def pretrain_image_encoder(model):
     head = nn.Linear(cfg.vision_width, CELLS**2 * sum(classes)).to(device)
 
     def loss_of_some():
-        picked = torch.randint(len(images), (SCENES,))
+        picked = torch.randint(len(images), (SceneBatches.BATCH,))
         image = (images[picked].to(device) - model.mean) / model.std
         with precision(cfg.bf16, device):
             patches = model.vision(image, None)[-1].flatten(2).transpose(1, 2)  # (B, N, C)
@@ -355,15 +354,13 @@ def fit(modules, loss_of_some, steps, what):
 
 def labelled_scenes(cfg):
     """image uint8 (P, 3, s, s), and labels (P, 3, N, cells of a patch)."""
-    images = []
-    labels = []
-    for number in progress(range(SCENE_BATCHES), SCENE_BATCHES, "batches of scenes"):
-        image, label = scene_batch(number, cfg.image_size, CELLS * cfg.grid_side)
-        images.append(image)
-        labels.append(label)
-    labels = torch.cat(labels)  # (P, 3, CELLS * h, CELLS * w)
+    scenes = SceneBatches(cfg.image_size, CELLS * cfg.grid_side)
+    loader = make_loader(scenes, range(SCENE_BATCHES), cfg.workers)
+    batches = list(progress(loader, SCENE_BATCHES, "batches of scenes"))
+    images = torch.cat([batch["image"] for batch in batches])
+    labels = torch.cat([batch["labels"] for batch in batches])  # (P, 3, CELLS * h, CELLS * w)
     labels = F.pixel_unshuffle(labels, CELLS)  # (P, 3 * cells of a patch, h, w)
-    return torch.cat(images), labels.unflatten(1, (3, CELLS**2)).flatten(3).transpose(2, 3)
+    return images, labels.unflatten(1, (3, CELLS**2)).flatten(3).transpose(2, 3)
 
 
 # ---- what the loop leans on ----

@@ -836,7 +836,7 @@ def fetch(file, path, part):
         if have > most:
             vain = 0
             most = have
-        if places:
+        if places and vain < TRIES:
             time.sleep(min(60, PAUSE * 2**vain))
 
     if part.stat().st_size == 0:
