@@ -857,7 +857,7 @@ class DCRIS(nn.Module):
             counts[part] += parameter.numel()
             if parameter.requires_grad:
                 counts["trainable"] += parameter.numel()
-        # the paper's 149,972,225 leaves out the text encoder's position table
+        # the paper's 149.97M (149,972,225) leaves out the text encoder's position table
         position_table = self.text.positional_embedding.numel()
         counts["backbone"] = counts["vision"] + counts["text"] - position_table
         return counts

@@ -1863,21 +1863,25 @@ def assert_is_cocos(height: int, width: int, runs: list, packed: bytes, polygons
 
 
 def test_a_polygon_that_leaves_the_photo_is_cocos():
+    """Annotators draw beyond the border; COCO cuts what lies outside."""
     runs = [0, 12, 1, 5, 1, 5, 2, 4, 3, 3, 4, 2, 5, 1]
     assert_is_cocos(6, 8, runs, b"0<1I001O1O1O1O", [[-3, -2, 4.4, 1.5, 9, 7, 2, 9]])
 
 
 def test_a_polygon_within_a_pixel_is_cocos():
+    """It crosses the middle of no column, so COCO's mask of it is empty."""
     assert_is_cocos(4, 4, [16], b"`0", [[1.5, 1.5, 1.6, 1.5, 1.6, 1.6]])
 
 
 def test_two_polygons_that_overlap_are_cocos():
+    """An object in parts: their union is meant, not where an odd number of them lies."""
     runs = [0, 3, 2, 3, 2, 5, 2, 3, 2, 3, 2, 3]
     polygons = [[0, 0, 3, 0, 3, 3, 0, 3], [2, 2, 6, 2, 6, 5, 2, 5]]
     assert_is_cocos(5, 6, runs, b"0320020N0000", polygons)
 
 
 def test_a_polygon_that_crosses_itself_is_cocos():
+    """A star: what its outline surrounds twice is outside, as COCO has it."""
     runs = [6, 1, 5, 1, 5, 2, 3, 1, 1, 1, 2, 3, 5, 2, 1, 1, 6, 2, 6, 1, 7, 1]
     star = [4.5, 0, 9, 7, 0, 2.5, 9, 2.5, 0, 7]
     assert_is_cocos(7, 9, runs, b"615001NON0123OLO510O10", [star])
@@ -2118,6 +2122,7 @@ def test_a_missing_or_wrong_photo_is_named():
 
 
 def test_a_split_that_does_not_exist_is_refused_with_all_that_do():
+    """Nobody knows by heart which data set has which splits."""
     said = error_of(ValueError, open_dataset, "refcoco", "testC", make_refcoco())
 
     for word in ("testC", "testB", ".jsonl", "shapes", "mix (train val)"):
@@ -2314,6 +2319,7 @@ def test_a_jsonl_file_is_read_whatever_its_name():
 
 
 def test_a_line_with_a_split_belongs_to_that_split_alone():
+    """A val line in the training set would flatter every score."""
     path = str(write_jsonl(split="val"))
 
     assert len(open_dataset(path, "val")) == 3
@@ -2439,6 +2445,7 @@ def test_rendered_phrases_are_mixed_as_promised():
 
 
 def test_a_rendered_mask_lies_on_its_thing():
+    """The middle of the thing that is meant is in the mask, and the mask has a thing's size."""
     for split in ("train", "testB"):
         dataset = Shapes(split, seed=3)
         for i in range(240):
@@ -2578,6 +2585,7 @@ def test_training_draws_different_sentences_of_an_object():
 
 
 def test_a_batch_size_that_does_not_divide_is_refused():
+    """Processes with unequal slices would weigh their samples unequally."""
     said = error_of(ValueError, batches_of, Shapes("val"), 0, 3)
 
     assert "--batch_size 16" in said
@@ -2603,6 +2611,7 @@ def test_every_sentence_is_scored_once():
 
 
 def test_a_scoring_batch_holds_the_photo_words_and_mask_of_each_pair():
+    """A row that is off by one would score one object's mask against another's."""
     dataset = open_dataset("refcoco", "val", make_refcoco())
     batches = scoring(dataset, 23)
     batch = batches[0]
@@ -2741,6 +2750,7 @@ def letterboxed_photos(dataset, size: int) -> list[np.ndarray]:
 
 
 def test_a_cache_gives_the_same_photos_and_decodes_none():
+    """It is there for speed alone; 18 objects on 8 photos take 8 places."""
     dataset = three_sets()
     folder = new_folder()
     expected = letterboxed_photos(dataset, 32)
@@ -2754,6 +2764,7 @@ def test_a_cache_gives_the_same_photos_and_decodes_none():
 
 
 def test_a_cache_of_another_size_or_rule_is_not_used():
+    """Its bytes would be cut into photos at the wrong places, or lie elsewhere in their square."""
     dataset = three_sets()
     other_rule = dataset.letterboxed(1, 32, "detris")
     other_size = dataset.letterboxed(1, 48)
@@ -3079,6 +3090,7 @@ def test_a_kill_while_saving_leaves_a_whole_checkpoint():
 
 
 def test_a_cut_checkpoint_is_called_damaged():
+    """As after a copy that was broken off."""
     path = saved_small()
     content = path.read_bytes()
 
@@ -3142,6 +3154,7 @@ def test_weights_that_are_not_finite_are_refused():
 
 
 def test_a_foreign_file_is_told_by_what_it_holds():
+    """A name from a file's own list tells its owner which file was taken by mistake."""
     path = new_folder() / "other.pt"
 
     torch.save({"weight": torch.zeros(1)}, path)
@@ -3215,6 +3228,7 @@ def test_a_whole_number_is_good_enough_for_a_float():
 
 
 def test_a_setting_of_another_version_is_named():
+    """To drop it without a word could change what the model computes."""
     path = changed_checkpoint(config={"lrr": 1})
 
     message = error_of(ValueError, load_model, path)
@@ -3223,6 +3237,7 @@ def test_a_setting_of_another_version_is_named():
 
 
 def test_an_impossible_setting_names_file_and_flag():
+    """The user typed no such flag; the file says so."""
     path = changed_checkpoint(config=vars(small_config()) | {"vision_heads": 5})
 
     message = error_of(ValueError, load_model, path)
@@ -3268,6 +3283,7 @@ def test_load_checked_names_every_kind_of_misfit_and_loads_nothing():
 
 
 def test_load_checked_lets_only_the_named_weights_be_missing():
+    """A released file lacks the adapters; anything else that it lacks would stay at random."""
     module = nn.Linear(2, 3)
     state = {"weight": torch.ones(3, 2)}
 
@@ -3384,6 +3400,7 @@ def test_a_checkpoint_leaves_released_encoders_out_and_finds_them_again():
 
 
 def test_moved_encoders_are_named_by_the_caller():
+    """A checkpoint without encoders knows only where they lay when it was trained."""
     path = new_folder() / "best.pt"
     with released_folder(small_model(method="frozen")) as folder:
         save_checkpoint(path, new_model(small_config(weights=str(folder))))
@@ -3573,6 +3590,7 @@ def test_an_authors_checkpoint_becomes_a_model_of_ours():
 
 
 def test_an_authors_checkpoint_loads_into_a_model_that_is_there():
+    """The public way to load one without taking over its configuration."""
     model = detris_model()
     path = new_folder() / "theirs.pth"
     torch.save({"state_dict": theirs_of(model)}, path)
@@ -3633,6 +3651,7 @@ def test_the_table_of_files_is_the_specifications():
 
 
 def test_every_address_ends_with_the_name_of_its_file():
+    """A row with another row's address would fetch the wrong file."""
     for name, file in FILES.items():
         assert file.urls, name
         for url in file.urls:
@@ -3675,6 +3694,7 @@ def test_dinov2s_released_files_fit():
 
 
 def test_clips_released_file_fits():
+    """Its names and shapes, as listed in a file of `shared`."""
     with torch.device("meta"):
         model = DCRIS(Config(**PRESETS["dcris_b"]))
     assert_fits(load_clip_text, model.text, released_state("ViT-B-16"))
@@ -3710,6 +3730,7 @@ def test_another_clip_is_refused():
 
 
 def test_a_clip_archive_that_does_not_fit_is_named_with_every_misfit():
+    """One after the other would cost a person as many tries."""
     changes = {
         "text_projection": torch.ones(32, 64),
         "ln_final.bias": None,
@@ -3758,6 +3779,7 @@ def test_a_pickle_that_calls_functions_is_refused():
 
 
 def test_a_bare_pickle_is_refused():
+    """torch.save wrote such files once, without checksums."""
     path = new_folder() / "old.pth"
     path.write_bytes(BOMB)
 
@@ -3940,6 +3962,7 @@ def assert_fetched(folder: Path) -> None:
 
 
 def test_a_file_is_fetched_and_then_found():
+    """Before, find_file says what to run; afterwards nothing is asked a second time."""
     with places("good") as folder:
         missing = error_of(FileNotFoundError, find_file, "f", folder)
         assert_fetched(folder)
@@ -3985,6 +4008,7 @@ def test_a_busy_server_is_asked_again():
 
 
 def test_a_server_that_cannot_go_on_begins_anew():
+    """It answers with the whole file, which must not be appended to the part."""
     with places("norange", part=b"?", size=len(BYTES), tries=1) as folder:
         assert_fetched(folder)
 
@@ -4075,6 +4099,7 @@ def test_a_failed_download_says_what_each_place_answered():
 
 
 def test_a_file_of_another_size_is_not_even_begun():
+    """The table knows the size: 13 GB of something else need not come first."""
     with places("good", size=len(BYTES) + 9) as folder:
         message = error_of(OSError, download, "f", folder)
 
@@ -4171,6 +4196,7 @@ def test_unpacking_writes_only_what_is_needed_inside_the_folder():
 
 
 def test_unpacking_again_mends_what_is_cut():
+    """As after a full disk; a file of the right size is left alone."""
     path = refcoco_zip("refcoco/instances.json", "refcoco/refs(unc).p")
     unpack(path)
     (path.parent / "refcoco" / "instances.json").write_text("cut")
@@ -4195,6 +4221,7 @@ def test_a_damaged_archive_is_not_unpacked():
 
 
 def test_a_kill_while_unpacking_leaves_whole_files():
+    """The old file or the new one, whatever the moment."""
     path = new_folder() / "refcoco.zip"
     text = BYTES.hex()
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
@@ -4239,6 +4266,7 @@ def test_the_list_tells_missing_present_damaged_and_unpacked():
 
 
 def test_the_list_names_every_file_with_its_licence():
+    """A person must see what it costs and permits before it is fetched."""
     printed = printed_by("--weights", "nowhere", "--data_root", "nowhere")
 
     for (name, file), line in zip(FILES.items(), printed.splitlines(), strict=True):
@@ -4247,6 +4275,7 @@ def test_the_list_names_every_file_with_its_licence():
 
 
 def test_an_unknown_name_is_refused_with_the_names_there_are():
+    """The message replaces a look into the source."""
     with contextlib.redirect_stderr(io.StringIO()) as printed:
         error_of(SystemExit, weights_program, ["dcris_c"])
 
@@ -4954,14 +4983,15 @@ def test_evaluate_program_writes_scores_rows_and_panels():
 
 def test_flags_of_scoring_reach_every_sentence():
     """--shuffle_text, --threshold and --bf16 change the figures: the rows that are written must be
-    those of evaluate() with the same settings."""
+    those of evaluate() with the same settings, and the report must name these."""
     root = make_refcoco()
     checkpoint = saved_model(data_root=str(root))
     val = open_dataset("refcoco", "val", root)
     path = new_folder() / "rows"
+    report_path = new_folder() / "scores"
 
     flags = ["--shuffle_text", "--threshold", "0.65", "--bf16", "--per_sentence", path]
-    evaluate_prints("--checkpoint", checkpoint, *flags)
+    evaluate_prints("--checkpoint", checkpoint, *flags, "--json", report_path)
 
     model = load_model(checkpoint)
     expected = evaluate(model, val, shuffle_text=True, threshold=0.65, bf16=True)["rows"]
@@ -4976,25 +5006,15 @@ def test_flags_of_scoring_reach_every_sentence():
     assert inters != list(column(default, "inter"))
     assert rows[0]["phrase"] == "photo 4"  # of the other photo
     assert rows[0]["shuffle_text"] is True
-
-
-def test_report_names_its_settings():
-    """A figure without its conditions is worth nothing."""
-    checkpoint = saved_model(data_root=str(make_refcoco()))
-    path = new_folder() / "scores"
-
-    flags = ["--shuffle_text", "--threshold", "0.42", "--bf16", "--json", path]
-    evaluate_prints("--checkpoint", checkpoint, *flags)
-
-    (report,) = json.loads(path.read_text())
+    (report,) = json.loads(report_path.read_text())
     assert report["shuffle_text"] is True
-    assert report["threshold"] == 0.42
+    assert report["threshold"] == 0.65
     assert report["bf16"] is True
     assert (report["dataset"], report["split"]) == ("refcoco", "val")
 
 
 def test_several_checkpoints_are_compared_side_by_side():
-    """A report and a column of panels for each; the same file twice scores the same twice."""
+    """A report by each checkpoint's own threshold, and a column of panels for each."""
     root = make_refcoco()
     one = saved_model(data_root=str(root))
     other = saved_model(data_root=str(root), mask_rule="detris")
@@ -5221,8 +5241,8 @@ def test_wrong_flags_are_refused_with_their_name():
         said = io.StringIO()
         with redirect_stderr(said):
             assert error_of(SystemExit, evaluate_program, flags.split()) == "2", flags
-        named = flags.split()[-2] if " " in flags else flags
-        assert named.partition("=")[0] in said.getvalue().splitlines()[-1], flags
+        named = re.findall(r"--\w+", flags)[-1]
+        assert named in said.getvalue().splitlines()[-1], flags
 
 
 def test_a_missing_checkpoint_or_device_is_one_line():
@@ -5243,7 +5263,9 @@ def test_every_flag_has_a_sentence_of_help():
     with redirect_stdout(said):
         error_of(SystemExit, evaluate_program, ["--help"])
 
-    for block in said.getvalue().partition("options:")[2].split("\n  --")[1:]:
+    blocks = said.getvalue().partition("options:")[2].split("\n  --")[1:]
+    assert len(blocks) > 15
+    for block in blocks:
         assert len(block.split()) > 4, block
         assert block.rstrip().endswith("."), block
 
@@ -5502,7 +5524,7 @@ def test_a_step_forgets_the_gradients_of_the_one_before():
 
 
 def test_a_step_computes_in_the_precision_of_the_config():
-    """--bf16 halves memory and time; --no-bf16 must compute in float32. Seen inside the decoder."""
+    """--bf16 halves memory and time; --no-bf16 must compute in float32. Seen behind the neck."""
     seen = []
     for bf16 in (True, False):
         model = small_model(bf16=bf16)
@@ -5696,7 +5718,7 @@ def test_ctrl_c_finishes_the_step_saves_and_leaves():
 
 def test_a_run_that_waits_for_its_loader_can_be_stopped():
     """A photo on a dead network drive may take for ever; the signal must not wait for it. Here the
-    loader process sleeps, from the first photo of the second epoch on."""
+    loader process sleeps at its first photo after last.pt is there."""
     out = new_folder()
     flags = small_run(data_root=make_refcoco(), out=out, workers=1, batch_size=6, epochs=20)
     letterboxed = Dataset.letterboxed
@@ -5712,7 +5734,7 @@ def test_a_run_that_waits_for_its_loader_can_be_stopped():
         time.sleep(0.5)
         os.kill(os.getpid(), signal.SIGTERM)
 
-    threading.Thread(target=stop_after_a_while).start()
+    threading.Thread(target=stop_after_a_while, daemon=True).start()
     started = time.monotonic()
     patience = patch("torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL", 0.2)  # not 5 s, at the end
     with patch("data.Dataset.letterboxed", slow_photo), patience:
@@ -5721,6 +5743,8 @@ def test_a_run_that_waits_for_its_loader_can_be_stopped():
     assert message.startswith("train.py: stopped after step ")
     assert time.monotonic() - started < 30
     assert read_checkpoint(out / "last.pt")["validated"] >= 1
+    for child in multiprocessing.active_children():
+        child.kill()
 
 
 @contextlib.contextmanager
@@ -5751,6 +5775,7 @@ def test_a_held_part_is_done_whole_and_then_stopped():
 
 
 def test_outside_of_held_parts_a_signal_stops_at_once():
+    """Waiting for photos may take for ever; nothing is half done there."""
     done = []
 
     def work():
@@ -5870,12 +5895,12 @@ def test_a_checkpoint_without_optimizer_is_not_written_over():
     save_checkpoint(best, small_model(dataset="refcoco", data_root=str(make_refcoco())))
     before = best.read_bytes()
 
-    message = error_of(
-        ValueError, train_here, ["--resume", str(best), "--out", str(out), "--workers", "0"]
-    )
+    for path in (str(best), os.path.relpath(best)):
+        flags = ["--resume", path, "--out", str(out), "--workers", "0"]
+        message = error_of(ValueError, train_here, flags)
 
-    assert message.startswith(f"{best} holds no optimizer")
-    assert "--out" in message
+        assert message.startswith(f"{path} holds no optimizer")
+        assert "give another --out" in message
     assert names_in(out) == {"best.pt"}
     assert best.read_bytes() == before
 
@@ -5958,7 +5983,7 @@ def test_half_written_files_of_a_killed_run_are_deleted():
     flags = small_run(data_root=make_refcoco(), out=out, epochs=1)
 
     with lock(out / ".lock", "w", wait=False):
-        in_child(lambda: error_of(ValueError, train_here, flags))
+        assert in_child(lambda: error_of(ValueError, train_here, flags)) == 0
     assert names_in(out) == {*half_written, *others}
     train_here(flags)
 
@@ -6020,23 +6045,24 @@ def wait_like_torchrun(children: list[int]) -> bool:
     """Wait for all; once one ended badly, the others are sent SIGTERM. Whether all ended well."""
     living = list(children)
     good = True
-    while living:
-        time.sleep(0.005)
-        for child in list(living):
-            ended, status = os.waitpid(child, os.WNOHANG)
-            if ended:
-                living.remove(child)
-            if ended and status != 0 and good:
-                good = False
-                for other in living:
-                    os.kill(other, signal.SIGTERM)
+    with time_limit(300):
+        while living:
+            time.sleep(0.005)
+            for child in list(living):
+                ended, status = os.waitpid(child, os.WNOHANG)
+                if ended:
+                    living.remove(child)
+                if ended and status != 0 and good:
+                    good = False
+                    for other in living:
+                        os.kill(other, signal.SIGTERM)
     return good
 
 
 @functools.cache
 def one_process_run() -> tuple[list[str], Path]:
     """The flags and the folder of a short run of one process."""
-    flags = small_run(data_root=make_refcoco(), lr=1e-3, decoder_depth=2, decoder_ffn=128)
+    flags = small_run(data_root=make_refcoco(), lr=1e-3)
     out = new_folder()
     train_here([*flags, "--out", str(out)])
     return flags, out
@@ -6073,7 +6099,8 @@ def test_four_processes_equal_one():
 
 
 def assert_model_goes_before_its_group(flags: list[str]) -> None:
-    """Alone in its group, a process ends the group only when no distributed model holds it."""
+    """When train.py ends its group, no DistributedDataParallel may be alive. Here the group has one
+    process."""
     dist = torch.distributed
     held = []
 
@@ -6142,18 +6169,22 @@ def assert_ended_job_resumes(sent: int, to_second_process: bool, words: str) -> 
 
     children = Path(f"/proc/{job.pid}/task/{job.pid}/children").read_text().split()
     os.kill(int(children[1]) if to_second_process else job.pid, sent)
-    printed, _ = job.communicate(timeout=60)
+    try:
+        printed, _ = job.communicate(timeout=300)
+    finally:
+        job.kill()
 
     assert job.returncode != 0
-    assert words in printed, printed
+    assert re.search(words, printed), printed
     assert read_checkpoint(part / "last.pt")["step"] < 12
     run_processes(2, resumed(flags, part))
     assert_equal_runs(whole, part)
 
 
 def test_a_process_that_dies_ends_the_job_which_resumes_exactly():
-    """A process that is left alone would wait for the other for ever."""
-    assert_ended_job_resumes(signal.SIGKILL, True, "another process ended first")
+    """A process that is left alone would wait for the other for ever. What it says depends on where
+    it was."""
+    assert_ended_job_resumes(signal.SIGKILL, True, "another process ended first|stopped after step")
 
 
 def test_a_job_that_is_stopped_saves_and_resumes_exactly():
@@ -6591,7 +6622,7 @@ def table(number: int) -> dict[str, tuple[str, str]]:
 
 def test_table_2_counts_what_each_method_trains():
     """The paper prints 149.97M, 0, 1.98M, 1.62M, 1.57M, 1.38M, 2.69M and 1.34M for these rows. The
-    exact counts are those of the configurations that SPEC.md derives."""
+    exact counts are those of the layers and ranks in model.METHODS."""
     assert table(2) == {
         "full": ("149,972,225", "100.00%"),
         "frozen": ("0", "0.00%"),
@@ -6704,8 +6735,6 @@ def test_refcoco_mini_trains_and_scores():
 
 # ---- stage one, and the paper's tables in small ----
 
-CPU = torch.device("cpu")
-
 
 def quick_pretraining():
     """Pretraining of a second instead of two minutes."""
@@ -6755,12 +6784,14 @@ def test_the_image_encoder_is_pretrained_without_any_phrase():
 
 def test_the_text_encoder_is_pretrained_without_any_picture():
     """It reads phrases alone; no scene is rendered. The loss must fall."""
-    model = new_model(small_config(workers=0))
+    model = new_model(small_config(method="full", visual_layers=(), text_layers=()))
+    before = model.text.token_embedding.weight.clone()
 
     with quick_pretraining(), patch("data.render", side_effect=AssertionError("a picture")):
         losses = pretrain_text_encoder(model)
 
     assert sum(losses[-5:]) < 0.9 * sum(losses[:5]), losses
+    assert not torch.equal(model.text.token_embedding.weight, before)
 
 
 def test_batches_of_scenes_are_a_function_of_their_number():
@@ -6787,6 +6818,7 @@ def test_stage_two_leaves_the_pretrained_encoders_as_they_were():
 
     frozen = read_checkpoint(path)["model"]
     trained = load_model(out / "last.pt")
+    torch.manual_seed(0)  # as train does
     fresh = new_model(config)
     for name, value in trained.vision.state_dict().items():
         if f"vision.{name}" in frozen:
@@ -7007,6 +7039,9 @@ def test_a_broken_annotation_is_named_when_the_set_is_opened():
         {"segmentation": [{"x": 1}]},
         {"segmentation": [[1, 1, "a", 1, 9, 9]]},
         {"segmentation": [[100, 100, 120, 100, 110, 110]]},
+        # two on both sides of the photo, whose common box covers it; one that only touches it
+        {"segmentation": [[-20, -20, -10, -20, -10, -10], [100, 100, 120, 100, 120, 110]]},
+        {"segmentation": [[-9, 0, 0, 0, 0, 9, -9, 9]]},
         {"segmentation": {"size": [30, 40], "counts": [1200]}},
         {"segmentation": {"size": [30, 41], "counts": [600, 600]}},
         {"segmentation": [[1, 1, float("nan"), 1, 9, 9]]},
@@ -7078,6 +7113,8 @@ def test_a_loader_that_hangs_ends_the_run():
         message = error_of(RuntimeError, list, loader)
 
     assert "timed out" in message
+    for child in multiprocessing.active_children():
+        child.kill()
 
 
 def test_integers_of_12_bits_or_less_and_signed_fractions_are_not_nearly_black():
@@ -7093,20 +7130,6 @@ def test_integers_of_12_bits_or_less_and_signed_fractions_are_not_nearly_black()
         grey = np.asarray(open_image(saved(image, "TIFF", 1)))[..., 0]
         assert grey[0, 0] == 0, image.mode
         assert grey[15, 15] >= 254, image.mode
-
-
-def test_annotations_outside_the_photo_are_refused_one_by_one():
-    """Two polygons on both sides of the photo have a common box that covers it, and no pixel."""
-    around = [[-20, -20, -10, -20, -10, -10], [100, 100, 120, 100, 120, 110]]
-    root = make_refcoco()
-    path = root / "refcoco" / "instances.json"
-    instances = json.loads(path.read_text())
-    instances["annotations"][1]["segmentation"] = around
-    path.write_text(json.dumps(instances))
-
-    message = error_of(ValueError, open_dataset, "refcoco", "train", root)
-
-    assert "ref 1 ann 71" in message and "no pixel in the photo" in message
 
 
 def test_a_damaged_photo_in_a_zip_is_noticed_by_its_checksum():
@@ -7185,14 +7208,17 @@ def test_sparse_and_whole_number_weights_are_refused():
 
 
 def test_reports_never_replace_a_photo_or_mask_of_the_data_set():
-    """They are what the report is about, and perhaps the only copy."""
+    """They are what the report is about, and perhaps the only copy. The first file that is to be
+    written may be harmless, and a later one a photo."""
     path = write_jsonl()
     before = {name: (path.parent / name).read_bytes() for name in ("a.png", "mask.png")}
     flags = ["--checkpoint", str(saved_model()), "--dataset", str(path)]
+    harmless = ["--json", new_folder() / "report.json"]
 
     for flag, name in (("--json", "a.png"), ("--panels", "mask.png"), ("--per_sentence", "a.png")):
         target = path.parent / "." / name
-        message = error_of(ValueError, evaluate_prints, *flags, flag, target)
+        first = [] if flag == "--json" else harmless
+        message = error_of(ValueError, evaluate_prints, *flags, *first, flag, target)
         assert "would overwrite" in message and name in message
 
     assert {name: (path.parent / name).read_bytes() for name in before} == before
@@ -7282,7 +7308,7 @@ def test_signals_after_a_run_end_the_program_as_elsewhere():
     assert signal.getsignal(signal.SIGINT) == signal.default_int_handler
 
 
-# ---- what mutants of the rewritten files survived ----
+# ---- small rules that no test above would miss ----
 
 
 def test_depths_have_an_upper_bound():
@@ -7301,6 +7327,7 @@ def test_every_rank_is_checked_by_its_own_blocks():
 
 
 def test_compacter_asks_for_a_text_width_that_it_can_cut():
+    """Else it would fail inside torch, without naming a flag."""
     flags = "--method compacter --text_width 126 --text_heads 6 --context 77"
 
     assert "--text_width 126: expected a multiple of 4" in complaint_about(flags)
@@ -7344,6 +7371,7 @@ def test_registers_start_faint():
 
 
 def test_adapters_take_over_the_configs_dropout():
+    """Else --dropout would act in the decoder alone."""
     model = small_model(dropout=0.25)
 
     attentions = [m for m in model.vision.modules() if isinstance(m, Attention)]
@@ -7352,14 +7380,13 @@ def test_adapters_take_over_the_configs_dropout():
     assert {attention.dropout for attention in attentions} == {0.25}
 
 
-def test_a_method_changes_none_of_the_heads_random_numbers():
-    """So that rows of the tables begin with the same head, whatever they put into encoders that
-    draw as much."""
+def test_without_layers_every_method_begins_with_the_same_head():
+    """Compacter's A is drawn for every method, so that the README's tables can be repeated."""
     frozen = small_model(method="frozen", visual_layers=(), text_layers=())
-    full = small_model(method="full", visual_layers=(), text_layers=())
+    compacter = small_model(method="compacter", visual_layers=(), text_layers=())
 
     for name, value in frozen.projector.state_dict().items():
-        assert torch.equal(value, full.projector.state_dict()[name]), name
+        assert torch.equal(value, compacter.projector.state_dict()[name]), name
 
 
 def test_a_faint_overshoot_below_zero_stays_black():
@@ -7376,19 +7403,6 @@ def test_a_faint_overshoot_below_zero_stays_black():
 def test_a_mask_of_fractions_counts_every_pixel_above_zero():
     """Converted to bytes, 0.3 would become 0."""
     assert_object(Image.fromarray(np.where(OBJECT, 0.3, 0).astype(np.float32)), "TIFF")
-
-
-def test_an_outline_that_only_touches_the_photo_is_refused():
-    """Its corners lie on the photo's edge and it covers no pixel."""
-    beside = [[-9, 0, 0, 0, 0, 9, -9, 9]]
-
-    root = make_refcoco()
-    path = root / "refcoco" / "instances.json"
-    instances = json.loads(path.read_text())
-    instances["annotations"][1]["segmentation"] = beside
-    path.write_text(json.dumps(instances))
-
-    assert "no pixel" in error_of(ValueError, open_dataset, "refcoco", "train", root)
 
 
 def test_true_is_no_run_length_and_no_block_number():
@@ -7408,21 +7422,8 @@ def test_an_outline_of_millions_of_pixels_is_refused():
     assert_is_refused([[0, 0, 1e9, 0, 1e9, 1e9]])
 
 
-def test_a_photo_that_changed_gets_a_cache_of_its_own():
-    """The old file would show the old photo for ever."""
-    path = write_jsonl()
-    folder = new_folder()
-    before = open_dataset(str(path), "train")
-    cache_photos(before, folder, 32)
-    os.utime(path.parent / "a.png", (1, 1))
-
-    after = open_dataset(str(path), "train")
-    cache_photos(after, folder, 32)
-
-    assert after.cache.path != before.cache.path
-
-
 def test_scoring_too_asks_how_much_shared_memory_there_is():
+    """Scoring sends images only; 100 sentences can still be too many for Docker's 64 MB."""
     batches = scoring(open_dataset("refcoco", "val", make_refcoco()), 100)
     needed = 2 * 4 * 100 * 3 * batches.cfg.image_size**2
 
@@ -7451,7 +7452,7 @@ def test_no_more_than_a_limit_is_unpacked():
 
 
 def test_a_member_of_a_gigabyte_is_not_unpacked():
-    """instances.json has 40 MB."""
+    """instances.json has 40 MB; a member of a gigabyte is not RefCOCO's and would fill the disk."""
     path = refcoco_zip("refcoco/instances.json")
     large = Mock(filename="refcoco/instances.json", file_size=1 << 30)
 
@@ -7474,11 +7475,16 @@ def test_leftovers_of_a_name_with_brackets_are_found():
 
 def test_groups_of_a_shuffled_sentence_are_those_of_its_words():
     """ "kind" says what the phrase asks for, and the phrase is another pair's."""
-    report = evaluate(scoring_model(dataset="shapes"), few_shapes("val"), shuffle_text=True)
+    with patch.dict(SHAPES, val=20):  # half of it, 10, is no multiple of the three kinds
+        shapes = Shapes("val")
+    kinds = {}
+    for i in range(20):
+        kinds[shapes.sentences(i)[0]] = shapes.record(i)["kind"]
+
+    report = evaluate(scoring_model(dataset="shapes"), shapes, shuffle_text=True)
 
     for row in report["rows"]:
-        if "from the" in row["phrase"]:
-            assert "kind ordinal" in row["groups"], row
+        assert f"kind {kinds[row['phrase']]}" in row["groups"], row
 
 
 def test_a_hard_link_to_an_input_is_that_input():
@@ -7527,17 +7533,6 @@ def test_an_encrypted_archive_ends_in_one_line():
     assert f"{path} cannot be unpacked" in error_of(ValueError, unpack, path)
 
 
-def test_a_checkpoint_without_optimizer_is_safe_however_its_path_is_written():
-    """The same folder once relative and once absolute."""
-    out = new_folder()
-    save_checkpoint(out / "best.pt", small_model(dataset="refcoco", data_root=str(make_refcoco())))
-    relative = os.path.relpath(out / "best.pt")
-
-    message = error_of(ValueError, train_here, ["--resume", relative, "--out", str(out)])
-
-    assert "give another --out" in message
-
-
 def test_each_loss_is_read_once():
     """A run of 100,000 steps must not read all of them again each time it looks."""
     numbers = []
@@ -7553,6 +7548,7 @@ def test_each_loss_is_read_once():
 
 
 def test_the_logged_loss_is_the_last_steps():
+    """An average, or an older step's loss, would not match the line's step."""
     batches = Mock()
     unread = [torch.tensor([1.0, 2.0]), torch.tensor([3.0, 4.0])]
 
@@ -7562,14 +7558,15 @@ def test_the_logged_loss_is_the_last_steps():
 def test_the_fourth_run_in_a_folder_keeps_all_earlier_ones():
     """before1, before2, before3: none may write over another."""
     out = new_folder()
-    flags = small_run(data_root=make_refcoco(), epochs=1, out=out)
 
-    for seed in range(4):
-        train_here([*flags, "--seed", str(seed)])
+    for number in range(4):
+        claim_folder(out, "", step=0)
+        leave_folder()
+        (out / "last.pt").write_text(f"of run {number}")
 
     for number in (1, 2, 3):
-        config = read_checkpoint(out / f"before{number}" / "last.pt")["config"]
-        assert config["seed"] == number - 1
+        kept = (out / f"before{number}" / "last.pt").read_text()
+        assert kept == f"of run {number - 1}"
 
 
 def test_a_best_model_that_is_there_is_not_replaced_by_that_of_another_folder():
@@ -7594,22 +7591,10 @@ def test_stage_one_is_the_same_for_every_seed():
 
     for name, value in states[0].items():
         assert torch.equal(value, states[1][name]), name
-
-
-def test_pretraining_ends_with_small_steps():
-    """Down to nearly 0 as a cosine, after a warm-up of a twentieth."""
-    rates = []
-
-    def record(optimizer, *others):
-        rates.append(optimizer.param_groups[0]["lr"])
-
-    layer = nn.Linear(1, 1)
-    with patch("torch.optim.AdamW.step", record):
-        fit([layer], lambda: layer(torch.ones(1, 1)).sum(), 100, "steps")
-
-    assert max(rates) <= 1e-3
-    assert rates[0] < 3e-4
-    assert rates[-1] < 1e-5
+    torch.manual_seed(0)
+    begun = small_model(method="full", visual_layers=(), text_layers=()).state_dict()
+    for name in ("vision.blocks.0.mlp.fc1.weight", "text.token_embedding.weight"):
+        assert not torch.equal(states[0][name], begun[name]), f"{name} was not trained"
 
 
 def test_a_mask_that_ends_at_the_edge_of_a_cell_covers_nothing_of_the_next():
@@ -7649,6 +7634,7 @@ def test_the_rate_of_pretraining_climbs_over_a_twentieth_and_then_falls():
     assert abs(rates[0] - 0.5e-3) < 1e-6
     assert abs(rates[2] - 0.5e-3 * (1 + math.cos(math.pi / 20))) < 1e-6
     assert abs(rates[20] - 0.5e-3) < 1e-6
+    assert rates[-1] < 2e-5  # and down to nearly 0
 
 
 def test_a_checkpoint_without_settings_takes_the_defaults_and_no_preset():
@@ -7764,20 +7750,6 @@ def test_after_a_save_its_minutes_begin_anew():
     assert saved_steps == [3, 6, 6]
 
 
-def test_each_of_several_reports_keeps_off_the_data_sets_photos():
-    """The first file that is to be written may be harmless, and the second a photo."""
-    path = write_jsonl()
-    photo = path.parent / "a.png"
-    before = photo.read_bytes()
-    flags = ["--checkpoint", str(saved_model()), "--dataset", str(path)]
-    flags += ["--json", new_folder() / "report.json", "--panels", photo]
-
-    message = error_of(ValueError, evaluate_prints, *flags)
-
-    assert f"{photo} would overwrite" in message
-    assert photo.read_bytes() == before
-
-
 def test_the_size_of_a_photo_is_told_as_it_will_be_opened():
     """All four orientations that lie on their side count, also the mirrored ones, 5 and 7."""
     for orientation in range(1, 10):
@@ -7830,14 +7802,6 @@ def test_a_server_with_an_error_of_its_own_may_be_asked_again():
     message = error_of(requests.HTTPError, read_total, reply, 0, None)
 
     assert message.startswith("answers 500")
-
-
-def test_a_calm_start_is_alike_for_every_place_of_the_kernel():
-    """The kernel comes from the sentence alone; what it has of its own is the last bias, -3."""
-    bias = small_model(calm_start=True).projector.kernel.bias
-
-    assert not bias[:-1].any()
-    assert bias[-1] == -3
 
 
 def test_a_border_of_odd_width_has_its_odd_pixel_at_the_bottom_or_right():
@@ -7900,17 +7864,13 @@ def test_a_loader_whose_parent_died_as_it_started_ends():
 KILLS = 2  # of each kind, at the least
 
 
-def was_killed(status: int) -> bool:
-    return os.WIFSIGNALED(status)
-
-
 def kill_until_done(work, seconds: float) -> int:
     """Start work() in a child and kill it within the seconds, until it once ends by itself, well.
     The number of kills."""
     kills = 0
     while True:
         status = in_child(work, kill_between=(0, seconds))
-        if not was_killed(status):
+        if not os.WIFSIGNALED(status):
             assert status == 0
             return kills
         kills += 1
@@ -8019,7 +7979,7 @@ def test_kills_at_any_moment_of_scoring_leave_whole_files():
 
 
 def limited(limit: int, amount: int):
-    """Runs a function in this process after the machine grants it no more than that."""
+    """From here on the machine grants this process no more than that."""
     import resource
 
     _, most = resource.getrlimit(limit)
@@ -8054,6 +8014,10 @@ def test_a_disk_that_is_full_keeps_the_last_checkpoint_and_the_run_goes_on():
     train_here([*flags, "--out", str(whole)])
     assert (whole / "last.pt").stat().st_size > 100_000
 
+    with patch("train.train_step", signal_at_call(1, signal.SIGTERM, train_step)):
+        error_of(SystemExit, train_here, resumed(flags, part))
+    before = (part / "last.pt").read_bytes()
+
     def no_space() -> None:
         limited(resource.RLIMIT_FSIZE, 100_000)
         train_program(resumed(flags, part))
@@ -8061,7 +8025,7 @@ def test_a_disk_that_is_full_keeps_the_last_checkpoint_and_the_run_goes_on():
     message = message_in_child(no_space)
     lines = [line for line in message.splitlines() if line]
     assert len(lines) == 1 and f"{part}/last.pt is as it was" in lines[0], message
-    assert not (part / "last.pt").exists()
+    assert (part / "last.pt").read_bytes() == before
     train_here(resumed(flags, part))
     assert_equal_runs(whole, part)
 
@@ -8082,7 +8046,7 @@ def test_a_folder_that_cannot_be_written_ends_in_one_line():
 
 
 def test_too_little_memory_ends_in_one_line_and_advice():
-    """A batch of 100,000 phrases in half a gigabyte more than the process already has."""
+    """A batch of 20,000 phrases in half a gigabyte more than the process already has."""
     import resource
 
     photo = next(make_refcoco().glob("images/*/*.jpg"))
@@ -8098,10 +8062,12 @@ def test_too_little_memory_ends_in_one_line_and_advice():
 
     assert "Traceback" not in message, message
     assert "allocate" in message, message
+    assert "lower --batch_size" in message, message
 
 
 def test_few_open_files_are_enough():
-    """The usual limit is 1,024 in all; masks on their way from loaders must not cost one each."""
+    """The usual limit is 1,024 in all; masks on their way from loaders must not cost one each. Here
+    a batch has 100, and the limit is 50 more than are open before."""
     import resource
 
     root = make_refcoco()
@@ -8109,23 +8075,10 @@ def test_few_open_files_are_enough():
     flags += ["--device", "cpu", "--workers", "2", "--batch_size", "100"]
 
     def few_files() -> None:
-        limited(resource.RLIMIT_NOFILE, 64)
+        limited(resource.RLIMIT_NOFILE, own_files() + 50)
         evaluate_program(flags)
 
     assert message_in_child(few_files) == ""
-
-
-def test_a_clock_that_jumps_back_changes_nothing():
-    """Time to save, time left and speed come from a clock that never goes back."""
-    flags = small_run(data_root=make_refcoco(), save_minutes=1)
-    one = new_folder()
-    other = new_folder()
-
-    train_here([*flags, "--out", str(one)])
-    with patch("time.time", side_effect=itertools.count(1e9, -1e6)):
-        train_here([*flags, "--out", str(other)])
-
-    assert_equal_runs(one, other)
 
 
 # ---- soak: python test_all.py soak --minutes 60 ----
@@ -8406,8 +8359,9 @@ def pillows_readings(path: Path) -> list[Image.Image]:
         try:
             upright = [ImageOps.exif_transpose(image)]
         except Exception:
-            ways = [exif.get(274)] if exif.get(274) in range(2, 9) else []
-            upright = [image, *[image.transpose(way) for way in Image.Transpose if ways]]
+            upright = [image]
+            if exif.get(274) in range(2, 9):
+                upright += [image.transpose(way) for way in Image.Transpose]
     except Exception:
         return []
     return upright
@@ -8515,10 +8469,9 @@ def fuzz_outlines(rng: random.Random) -> Case:
     width = rng.choice([1, 5, 11, 40])
     if rng.random() < 0.5:
         segmentation = [random_polygon(rng, height, width) for _ in range(rng.randint(1, 3))]
-        is_sound = True
     else:
         segmentation = random_run_lengths(rng, height, width)
-        is_sound = True
+    is_sound = True
     if rng.random() < 0.4:
         wrapped = {"segmentation": segmentation}
         change_tree(rng, wrapped)
@@ -8939,7 +8892,8 @@ def fuzz_evaluate_flags(rng: random.Random) -> Case:
         outputs = ["--json", "--per_sentence", "--panels"]
     else:
         argv += ["--image", photo, "--text", rng.choice(["dog", "", "a pet", "\ud800"])]
-        argv += ["--out", folder / "usual.png"]  # a later --out counts; none would write beside us
+        # without a later --out the mask goes here, not into the working folder
+        argv += ["--out", folder / "usual.png"]
         outputs = ["--out"]
         del inputs[own / "mask.png"]  # these two are read only where a data set is scored
         del inputs[own / "shapes_mine.jsonl"]
@@ -9236,13 +9190,14 @@ def test_fuzzed_input_ends_right_or_in_one_clear_line():
 def main(words: list[str]) -> bool:
     """Run the tests whose names hold every word. True where one failed or none passed.
 
-    Slow tests, of minutes, run only where a word asks for them: python test_all.py slow.
+    Slow tests, of minutes, run only where a word asks for them: python test_all.py slow. pytest
+    runs them always.
     """
     verdicts = []
     for name, test in list(globals().items()):
         if not name.startswith("test_") or not all(word in name for word in words):
             continue
-        if name.startswith("test_slow") and "slow" not in words:
+        if name.startswith("test_slow") and not any("slow" in word for word in words):
             continue
         started = time.time()
         reason = ""
@@ -9253,7 +9208,7 @@ def main(words: list[str]) -> bool:
         except unittest.SkipTest as why:  # pytest reads this as a skip too
             verdict = "skipped"
             reason = str(why)
-        except Exception:
+        except (Exception, SystemExit, Stopped, Hung):
             verdict = "failed"
             reason = traceback.format_exc()
         verdicts.append(verdict)
