@@ -1,8 +1,8 @@
 """The small trainable modules that join a frozen image encoder and a frozen text encoder.
 
-First the paper's two adapters, then the blocks they are made of, then the rivals of the paper's
-Table 2. `add_adapters` says which method puts what into which place of the encoders. Last come two
-tables of positions, which model.py reads.
+First the paper's two adapters and a third from the authors' release, then the blocks they are made
+of, then the rivals of the paper's Table 2. `add_adapters` says which method puts what into which
+place of the encoders. Last come two tables of positions, which model.py reads.
 A comment "differs", in any file, marks where we depart on purpose from the work that it names.
 
 Axes: B image-sentence pairs; S image tokens (one class token, R registers, N = h * w patches); L
@@ -17,7 +17,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-# ---- the paper's adapters ----
+# ---- the paper's adapters, and the release's own for text ----
 
 
 class DenseCrossAdapter(nn.Module):
@@ -166,7 +166,7 @@ def init_adapter(layer):
     """Kaiming normal weights and zero biases, as in the authors' code.
 
     No weight starts at zero, so an adapter changes the model from the first step. Attention's
-    in_proj_weight belongs to no layer and keeps its Xavier start.
+    in_proj_weight is its own parameter, not that of a linear layer, and keeps its Xavier start.
     """
     if isinstance(layer, (nn.Linear, nn.Conv1d, nn.Conv2d)):
         nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")

@@ -465,7 +465,8 @@ def read_polygons(segmentation):
         # same_kind: text that looks like a number is none
         numbers = [array.astype(np.float64, casting="same_kind") for array in arrays]
         polygons = [array.reshape(-1, 2) for array in numbers]
-        # the length of the path from (0, 0) through all corners; NaN or infinite if any number is
+        # The length of the path from (0, 0) through all corners; NaN or infinite if any number is.
+        # polygon_flips makes up to five points for each unit of it.
         walks = [np.abs(np.diff(corners, axis=0, prepend=0)).sum() for corners in polygons]
         if len(polygons[0]) >= 3 and all(walk < 1e7 for walk in walks):
             return polygons
@@ -500,7 +501,9 @@ def polygon_flips(corners, height, width):
     # it. The middle of column c is 5 * c + 2.5 on the fine grid.
     columns, rows = ((points + 2) // 5).T
     columns = columns.clip(0, width)  # beside the photo nothing is crossed
-    rows = rows.clip(0, height)  # what is crossed above it counts from its first row on
+    # What is crossed above the photo flips its column from the first row on. What is crossed below
+    # flips nothing in it: column * height + height is where the next column begins.
+    rows = rows.clip(0, height)
     same_edge = step[1:] > 0
     next_column = columns[1:] != columns[:-1]
     crosses = same_edge & next_column

@@ -286,7 +286,7 @@ CHOICES = {
     "schedule": ("step", "cosine"),
     "table": (0, 2, 3, 4, 5),
 }
-LEAST = {  # the smallest value of a whole number; of one that is not listed it is 1, of fractions 0
+LEAST = {  # the smallest value allowed; of whole numbers not listed here it is 1, of fractions 0
     "registers": 0,
     "seed": 0,
     "workers": 0,
@@ -296,6 +296,8 @@ LEAST = {  # the smallest value of a whole number; of one that is not listed it 
     "vocab_size": 4,  # padding, a word, start and end
     "text_length": 3,  # start, a word, end
 }
+# Values must be below these. The large ones stop typing errors before they fill the memory; numpy's
+# seeds have 32 bits.
 BELOW = {
     "dropout": 1,
     "warmup": 1,
@@ -347,7 +349,8 @@ def check_layers(cfg):
     unit = RANK_UNITS.get(cfg.method, 1)
     if cfg.visual_layers and cfg.visual_rank % unit:
         refuse(cfg, "visual_rank", f"a multiple of {unit} with --method {cfg.method}")
-    if cfg.text_layers and cfg.text_rank % unit:
+    has_text_rank = cfg.text_layers and cfg.method != "etris"  # a bridge has one rank for both
+    if has_text_rank and cfg.text_rank % unit:
         refuse(cfg, "text_rank", f"a multiple of {unit} with --method {cfg.method}")
     if cfg.method == "compacter" and cfg.text_width % unit:
         refuse(cfg, "text_width", f"a multiple of {unit} with --method compacter")
@@ -868,8 +871,8 @@ def contrastive_loss(logits: Tensor, mask: Tensor, rule: str = "aligned") -> Ten
 
         -log(sigmoid(F_c . F_l)) inside the mask, -log(1 - sigmoid(F_c . F_l)) outside.
 
-    logits: F_c . F_l, (B, 1, h, h) float32. mask: (B, 1, H, H) in [0, 1], square as all letterboxed
-    photos are. Returns a scalar in nats.
+    logits: F_c . F_l, (B, 1, 4h, 4h) float32. mask: (B, 1, H, H) in [0, 1], square as all
+    letterboxed photos are. Returns a scalar in nats.
     """
     target = resize_mask(mask, logits.shape[-1], rule)
     return F.binary_cross_entropy_with_logits(logits, target)

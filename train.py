@@ -153,7 +153,7 @@ def train(cfg: Config, saved: dict | None = None) -> dict:
                 break
 
             # One step. Seed, step and process decide its dropout, so a resumed run repeats it. This
-            # holds as long as --epochs and the number of processes stay the same.
+            # holds as long as the total of steps and the number of processes stay the same.
             parts = [next(parts_of_steps) for _ in range(cfg.accumulate)]
             with signals.held():  # a step is done, logged and saved whole or not at all
                 lr = cfg.lr * lr_factor(cfg, step / total)
@@ -367,7 +367,10 @@ def labelled_scenes(cfg):
 
 
 def what_trains(model):
-    """Two lines: what is frozen, and what trains beside it, in parameters and percent."""
+    """Two lines: what is frozen, and what trains beside it, in parameters and percent.
+
+    mask_token and logit_scale, which are never read, count with their encoders, as in the paper.
+    """
     counts = model.parameter_counts()
     encoders = "image encoder {vision:,}, text encoder {text:,} parameters".format_map(counts)
     share = counts["adapters"] / counts["backbone"]
@@ -793,7 +796,7 @@ TINY_TABLES = {
             "--method compacter --visual_layers 0 1 2 3 --visual_rank 400 --text_rank 400",
         ),
         "lora": (73.4, "--method lora --visual_layers 0 1 2 3 --visual_rank 68 --text_rank 68"),
-        "etris": (74.5, "--method etris --visual_rank 88 --text_rank 88"),
+        "etris": (74.5, "--method etris --visual_rank 88"),
         "dcris": (76.4, "--visual_rank 32 --text_rank 16"),
     },
     3: {
