@@ -468,8 +468,8 @@ def add_adapters(image_blocks, text_blocks, cfg):
     """Put what cfg.method asks for into the slots of the blocks that cfg's layers name.
 
     cfg: model.Config. "frozen" adds nothing. "etris" adds nothing to blocks, see etris_bridges.
-    "full" trains the encoders themselves, and METHODS gives it no layers. If a preset or a flag
-    names layers for it, the paper's adapters go into these, too.
+    "full" trains the encoders themselves, and METHODS in model.py gives it no layers. A preset that
+    names layers, as tiny does, or a flag overrides that: then the paper's adapters go in, too.
     """
     # Compacter has one A for all layers of both encoders. It is drawn for every method, although
     # only Compacter reads it: without this draw all later random numbers would be others, and the

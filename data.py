@@ -502,7 +502,9 @@ def polygon_flips(corners, height, width):
     columns, rows = ((points + 2) // 5).T
     columns = columns.clip(0, width)  # beside the photo nothing is crossed
     # What is crossed above the photo flips its column from the first row on. What is crossed below
-    # flips nothing in it: column * height + height is where the next column begins.
+    # flips nothing in it: column * height + height is where the next column begins. A closed
+    # outline crosses a column's middle an even number of times, so each column begins with the
+    # mask off.
     rows = rows.clip(0, height)
     same_edge = step[1:] > 0
     next_column = columns[1:] != columns[:-1]
@@ -531,7 +533,7 @@ class Dataset:
     segmentation).
     """
 
-    phrases_per_photo = 1  # neighbouring objects that surely share a photo: in Shapes there are 4
+    phrases_per_photo = 1  # Shapes has 4: there, so many neighbouring objects share a photo
     endless = False  # True: an index beyond the length is a fresh object
     cache = None  # a PhotoCache, see cache_photos
 

@@ -128,7 +128,8 @@ def restore_masks(
 ) -> list[Tensor]:
     """logits (B, 1, 4h, 4w) -> B masks, bool (H, W), one for each (H, W) of sizes.
 
-    A pixel is in the mask where its probability is above the threshold (None: the rule's own).
+    A pixel is in the mask where its probability is above the threshold (None: the rule's own). This
+    is for other programs; predict, which needs the probabilities too, does the same.
     """
     least = threshold_of(rule, threshold)
     return [prob > least for prob in restore_probabilities(logits, sizes, image_size, rule)]
@@ -592,7 +593,7 @@ def precision(bf16, device):
 def splits_of(name, split):
     """The splits to score; all: every one of the data set but train.
 
-    Of mix and of a .jsonl file, all is val alone: name their test splits one by one.
+    Of a .jsonl file, all is val alone: name its other splits one by one.
     """
     if split != "all":
         return [split]
@@ -655,9 +656,10 @@ def score_splits(models, args, written):
 
 def conditions_of(path, model, args):
     """What else a report depends on: a figure without its conditions is worth nothing."""
+    file = fetch_release(path, args.weights or "weights")
     return {
         "threshold": threshold_of(model.config.mask_rule, args.threshold),
-        "sha256": digest_of(fetch_release(path)),
+        "sha256": digest_of(file),
         "config": vars(model.config),
         "bf16": args.bf16,
         "torch": torch.__version__,
@@ -718,7 +720,7 @@ def parse_flags(argv):
         "which is downloaded (%(default)s).",
     )
     add("--compare", nargs="+", default=[], help="Several checkpoints, to score side by side.")
-    add("--weights", help="Folder of the released encoders, if it has moved.")
+    add("--weights", help="Folder of the released files, if it is not weights or has moved.")
     add("--device", default="auto", help="auto (cuda, else mps, else cpu), cpu, cuda, cuda:1, mps.")
     add("--bf16", action=switch, default=False, help="Compute in bfloat16 instead of float32.")
     add(

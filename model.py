@@ -161,7 +161,7 @@ class Config:
 
 
 PRESETS = {  # differences from the defaults, nothing else
-    # the paper's recipe in small: see stage one in train.py
+    # the paper's recipe in small; train.py's pretrain makes the two small encoders for it first
     "tiny": {
         "vision_width": 128,
         "vision_depth": 4,
@@ -268,7 +268,8 @@ def parse_config(argv: list[str] | None = None, saved: dict | None = None) -> Co
     settings = saved
     if saved is None:
         settings = METHODS[named.method or "dcris"] | PRESETS[named.preset or "tiny"]
-    parser.set_defaults(**vars(Config()) | settings)
+    defaults = vars(Config()) | settings
+    parser.set_defaults(**defaults)
     parser.add_argument("-h", "--help", action="help", help="print this and stop")
     flags = parser.parse_args(argv)
     try:
@@ -812,7 +813,7 @@ class DCRIS(nn.Module):
             words, sentence = self.text(tokens)  # f_t, f_s
             taps = self.vision(image, words)
 
-        pad = tokens == 0
+        pad = tokens == 0  # as in the authors' code; CLIP's lone "!" has id 0, too
         fused = self.neck(taps, sentence)  # f_c
         fused = self.decoder(fused, words, pad)  # F_mm
         return self.projector(fused, sentence).float()

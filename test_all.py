@@ -4307,19 +4307,24 @@ def test_the_program_fetches_and_unpacks_what_a_name_needs():
 
 
 def test_the_name_of_a_release_fetches_what_it_needs():
-    """`load_model("detris_b_refcoco")` works on a fresh machine: checkpoint and vocabulary."""
+    """`load_model("detris_b_refcoco")` works on a fresh machine: checkpoint and vocabulary, both in
+    the folder where its tokenizer looks for the vocabulary."""
     model = detris_model()
     path = new_folder() / "theirs.pth"
     torch.save({"state_dict": theirs_of(model)}, path)
 
-    with (
-        patch("weights.download", side_effect=[path, Path("vocabulary")]) as fetched,
-        patch("weights.detris_config", return_value=vars(model.config).copy()),
-    ):
-        loaded = load_model("detris_b_refcoco")
+    for weights in ("", "elsewhere"):
+        with (
+            patch("weights.download", side_effect=[path, Path("vocabulary")]) as fetched,
+            patch("weights.detris_config", return_value=vars(model.config).copy()),
+            patch("weights.tokenizer_for"),
+        ):
+            loaded = load_model("detris_b_refcoco", weights=weights)
 
-    assert [call.args[0] for call in fetched.call_args_list] == ["base_refcoco.pth", VOCABULARY]
-    assert torch.equal(outputs_of(loaded), outputs_of(model))
+        folder = weights or "weights"
+        wanted = [("base_refcoco.pth", folder), (VOCABULARY, folder)]
+        assert [call.args for call in fetched.call_args_list] == wanted
+        assert torch.equal(outputs_of(loaded), outputs_of(model))
 
 
 # ---- evaluate.py: masks, scores, pictures, command line ----

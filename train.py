@@ -83,8 +83,8 @@ def train(cfg: Config, saved: dict | None = None) -> dict:
     the last validation.
     """
     rank, world, device = start_processes(cfg.device)
-    # Only the preset's own encoders are made unasked; a mistyped --weights is an error instead.
-    # A checkpoint of such a run holds its own.
+    # Only the preset's own encoders are made unasked; a mistyped --weights is an error instead. A
+    # resumed run needs none: its checkpoint holds the encoders.
     makes_encoders = saved is None and cfg.weights == PRESETS["tiny"]["weights"]
     if rank == 0 and makes_encoders and not Path(cfg.weights).exists():
         print(f"{cfg.weights} is missing, so stage one comes first, once:")
@@ -146,7 +146,7 @@ def train(cfg: Config, saved: dict | None = None) -> dict:
                     if rank == 0:
                         log.add_scores(step, epoch, scores, improved)
                         if improved:
-                            save_checkpoint(out / "best.pt", raw, step=step, best=best)
+                            save_checkpoint(out / "best.pt", raw, None, step, best, validated)
                     save_last()
                 saved_at = time.monotonic()
             if step == total:
@@ -428,7 +428,8 @@ def resume_point(cfg, saved, optimizer, total):
 def validate(raw, val_set, cfg, device):
     """The scores of val, and a dict for each of its sentences.
 
-    In bf16 only on GPUs, so that CPUs agree with evaluate.py.
+    bf16 is used on GPUs only, for speed: there a score may differ a little from evaluate.py's,
+    which computes in float32 unless told otherwise.
     """
     bf16 = cfg.bf16 and device.type == "cuda"
     scores = evaluate(raw, val_set, workers=cfg.workers, bf16=bf16)

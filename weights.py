@@ -41,10 +41,10 @@ def load_model(path_or_name: str | Path, device: str = "cpu", weights: str = "")
     """The model of a checkpoint, in eval mode, with its tokenizer.
 
     path_or_name: a checkpoint, ours or the authors', or the name of a release such as
-    detris_b_refcoco, which is fetched. weights: the folder of the released encoders, if it is no
-    longer where the checkpoint says. Raises OSError or ValueError, which name the file.
+    detris_b_refcoco, which is fetched. weights: the folder of the released files, if it is another
+    than the checkpoint says. Raises OSError or ValueError, which name the file.
     """
-    saved = read_checkpoint(path_or_name)
+    saved = read_checkpoint(path_or_name, weights or "weights")
     config = Config(**saved["config"])
     if weights:
         config = replace(config, weights=weights)
@@ -127,13 +127,13 @@ def save_checkpoint(
         torch.save(saved, file)
 
 
-def read_checkpoint(path_or_name):
+def read_checkpoint(path_or_name, weights="weights"):
     """What save_checkpoint wrote, on the CPU and checked, with the file's "path" added.
 
-    The authors' file, or the name of one of their releases, comes in the same form. Raises OSError
-    or ValueError; both name the file.
+    The authors' file, or the name of one of their releases, comes in the same form. weights: the
+    folder that releases are fetched into. Raises OSError or ValueError; both name the file.
     """
-    path = fetch_release(path_or_name)
+    path = fetch_release(path_or_name, weights)
     if not os.path.isfile(path):
         releases = " ".join(RELEASES)
         raise FileNotFoundError(f"{path} is missing; run python train.py or name one of {releases}")
@@ -302,7 +302,10 @@ def shape_of(value):
 
 
 def load_detris(model: DCRIS, path: str | Path) -> None:
-    """The authors' checkpoint into a model of its configuration; its optimizer is left out."""
+    """The authors' checkpoint into a model of its configuration; its optimizer is left out.
+
+    This is for other programs; load_model makes the model, too.
+    """
     load_checked(model, read_checkpoint(path)["model"], source=path)
     model.keeps_encoders = True
 
@@ -768,11 +771,11 @@ TRIES = 6  # tries in a row that bring nothing new
 PAUSE = 1.0  # seconds before the next try; doubled with each vain one, a minute at most
 
 
-def fetch_release(name_or_path):
+def fetch_release(name_or_path, weights):
     """The file of a release that is given by its name, fetched if need be; a path as it is."""
     if name_or_path not in RELEASES:
         return name_or_path
-    paths = [download(name) for name in RELEASES[name_or_path]]
+    paths = [download(name, weights) for name in RELEASES[name_or_path]]
     return paths[0]
 
 
