@@ -220,6 +220,7 @@ class Attention(nn.Module):
     def of_one_key(self, value):
         """The same as forward where there is one key: (B, C) -> (B, C), alike for every query.
 
+        It is for attention without dropout and LoRA, as in the neck.
         The plain form is `self(query, value[:, None], value[:, None])` for any query. The softmax
         over one key is 1, so the answer is the projected value. Query and key weights are not
         needed, and their gradient would be zero.
@@ -469,7 +470,8 @@ def add_adapters(image_blocks, text_blocks, cfg):
 
     cfg: model.Config. "frozen" adds nothing. "etris" adds nothing to blocks, see etris_bridges.
     "full" trains the encoders themselves, and METHODS in model.py gives it no layers. A preset that
-    names layers, as tiny does, or a flag overrides that: then the paper's adapters go in, too.
+    names layers, as tiny does, or a flag overrides that: then the paper's adapters go in, too, to
+    see what they bring to encoders that train.
     """
     # Compacter has one A for all layers of both encoders. It is drawn for every method, although
     # only Compacter reads it: without this draw all later random numbers would be others, and the

@@ -436,12 +436,12 @@ def unpack_counts(text):
     of this number follow. From the fourth on, numbers are differences to the count two before.
     """
     data = text.encode("utf-8", "replace") if isinstance(text, str) else text
-    # a number is none or more of the characters P to o, then one of 0 to O
-    if not re.fullmatch(rb"[0-o]*[0-O]|", data):
+    if not re.fullmatch(rb"|[0-o]*[0-O]", data):  # nothing at all, or whole numbers
         raise ValueError(f"compressed RLE {text[:80]!r} is cut off or holds a foreign character")
 
     counts = []
-    for characters in re.findall(rb"[P-o]*[0-O]", data):  # those of one number
+    # a number is none or more of the characters P to o, then one of 0 to O
+    for characters in re.findall(rb"[P-o]*[0-O]", data):
         value = 0
         for k, character in enumerate(characters):
             value += ((character - 48) & 31) << 5 * k
@@ -533,7 +533,7 @@ class Dataset:
     segmentation).
     """
 
-    phrases_per_photo = 1  # Shapes has 4: there, so many neighbouring objects share a photo
+    phrases_per_photo = 1  # Shapes has 4: there, four neighbouring objects share a photo
     endless = False  # True: an index beyond the length is a fresh object
     cache = None  # a PhotoCache, see cache_photos
 
@@ -750,7 +750,7 @@ def check_counts(name, split, refs, root):
     spoken = sum(len(ref["sentences"]) for ref in refs)
     if 0 < found < 0.9 * objects:
         print(f"{name}: {found:,} of {objects:,} {split} objects here (a mini set)")
-    elif found != objects or sentences not in (spoken, None):
+    elif found != objects or (sentences is not None and sentences != spoken):
         raise ValueError(
             f"{root}: {name} {split} has {found, spoken} objects and sentences, the release has "
             f"{objects, sentences}; delete its files and run python weights.py {name.split('_')[0]}"
@@ -971,7 +971,8 @@ class Shapes(Dataset):
     def photo(self, i):
         k = i // self.phrases_per_photo
         things, _ = self.scene(k)
-        return render(things, self.side, np.random.default_rng([*self.seed, k, 1]))
+        rng = np.random.default_rng([*self.seed, k, 1])  # 1: not the numbers that drew the things
+        return render(things, self.side, rng)
 
     def mask(self, i):
         canvas = Image.new("L", (self.side, self.side))
@@ -1329,7 +1330,7 @@ class SceneBatches(torch.utils.data.Dataset):
 
     def __getitem__(self, number):
         """image uint8 (32, 3, size, size); labels (32, 3, cells, cells), see draw_labels."""
-        rng = np.random.default_rng([number, 2])
+        rng = np.random.default_rng([number, 2])  # 2: a stream that no data set has
         photos = []
         labels = []
         for _ in range(self.BATCH):

@@ -353,6 +353,7 @@ def check_layers(cfg):
     has_text_rank = cfg.text_layers and cfg.method != "etris"  # a bridge has one rank for both
     if has_text_rank and cfg.text_rank % unit:
         refuse(cfg, "text_rank", f"a multiple of {unit} with --method {cfg.method}")
+    # Compacter cuts the widths into pieces, too; that of images is a multiple of 4 in any case.
     if cfg.method == "compacter" and cfg.text_width % unit:
         refuse(cfg, "text_width", f"a multiple of {unit} with --method compacter")
 
@@ -813,7 +814,7 @@ class DCRIS(nn.Module):
             words, sentence = self.text(tokens)  # f_t, f_s
             taps = self.vision(image, words)
 
-        pad = tokens == 0  # as in the authors' code; CLIP's lone "!" has id 0, too
+        pad = tokens == 0  # as in the authors' code; a "!" inside a word may have id 0, too
         fused = self.neck(taps, sentence)  # f_c
         fused = self.decoder(fused, words, pad)  # F_mm
         return self.projector(fused, sentence).float()

@@ -4095,7 +4095,7 @@ def test_a_failed_download_says_what_each_place_answered():
             message = error_of(OSError, download, "f", folder)
         assert answer in message
         assert f"/{way}/f elsewhere, save it as {folder}/f" in message
-        assert os.listdir(folder) == []
+        assert os.listdir(folder) == ["f.part"]  # where the next try goes on
 
 
 def test_a_file_of_another_size_is_not_even_begun():
@@ -4105,7 +4105,8 @@ def test_a_file_of_another_size_is_not_even_begun():
 
     assert "answers 200" in message
     assert "expected 3000009 bytes from 0" in message
-    assert os.listdir(folder) == []
+    assert os.listdir(folder) == ["f.part"]
+    assert (folder / "f.part").stat().st_size == 0
 
 
 def test_a_full_disk_is_noticed_before_the_download():

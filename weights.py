@@ -319,8 +319,9 @@ def read_detris(state, path):
         raise ValueError(
             f"{path} is no checkpoint of the authors: its state_dict is foreign"
         ) from None
-    config["text_length"] = 22 if "refcocog_u" in str(path) else 17  # as they trained
-    config["dataset"] = DETRIS_DATASETS.get(Path(path).stem, "refcoco")
+    stem = Path(path).stem
+    config["text_length"] = 22 if "refcocog_u" in stem else 17  # as they trained
+    config["dataset"] = DETRIS_DATASETS.get(stem, "refcoco")
     saved = {"format": FORMAT, "config": config, "model": ours}
     return saved | {"optimizer": None, "step": 0, "best": 0.0, "validated": 0}
 
@@ -807,10 +808,8 @@ def download(name: str, root: str | Path = "weights") -> Path:
         return path
 
     path.parent.mkdir(parents=True, exist_ok=True)
-    part.touch()
     with lock(part, "ab"):
         if not path.exists():
-            part.touch()  # a process that failed while we waited may have removed it
             fetch(file, path, part)
             return path
     return download(name, root)  # another process fetched it: verify it as any other file
@@ -842,8 +841,6 @@ def fetch(file, path, part):
         if places and vain < TRIES:
             time.sleep(min(60, PAUSE * 2**vain))
 
-    if part.stat().st_size == 0:
-        part.unlink()
     told = "\n".join(answers.values())
     raise OSError(
         f"{path} could not be fetched:\n{told}\nOpen {file.urls[0]} elsewhere, save it as "
