@@ -45,7 +45,7 @@ class DenseCrossAdapter(nn.Module):
         reduced = F.relu(self.down(x))  # F_v: (B, S, r)
         prefix, patches = reduced.split([prefix_length, h * w], dim=1)
 
-        square = patches.transpose(1, 2).unflatten(2, grid).contiguous()  # (B, r, h, w)
+        square = patches.transpose(1, 2).unflatten(2, grid)  # (B, r, h, w)
         branches = self.dense(square).flatten(2).transpose(1, 2)  # (F_v1, F_v2, F_v3): (B, N, r)
         dense = branches + patches  # F_dense: (B, N, r)
         cross = self.cross(dense, words) + patches  # F_cross: (B, N, r)
