@@ -998,7 +998,7 @@ def draw_scene(name, split, seed, k):
 
         phrases = []
         for i in range(k * count, (k + 1) * count):
-            kind = due[i % len(due)]
+            kind = due[i % len(due)]  # by number in the whole set: a third of it for each of three
             if not options[kind]:
                 break
             # first the thing, then its phrase: else things that many phrases fit came too often
@@ -1240,7 +1240,8 @@ class TrainBatches(PairBatches):
         self.rank = rank
         self.world = world
         self.pairs_a_batch = cfg.batch_size // (world * cfg.accumulate)
-        self.tensor_bytes = self.pairs_a_batch * 4 * cfg.image_size**2  # image and mask
+        # of image and mask; make_loader asks whether the shared memory holds so much
+        self.tensor_bytes = self.pairs_a_batch * 4 * cfg.image_size**2
 
     def __getitem__(self, part):
         """image uint8 (B, 3, size, size), tokens (B, L), mask uint8 (B, 1, size, size)."""
@@ -1396,7 +1397,9 @@ def start_loader(worker):
     for file in LOCKS:
         file.close()
     if os.getppid() != multiprocessing.parent_process().pid:
-        sys.exit(1)  # the parent died just now; torch looks for that only later and would miss it
+        # The parent died just now. torch watches for another parent than it saw first, but it looks
+        # for the first time only after this, and would wait for orders for ever.
+        sys.exit(1)
 
 
 @atexit.register

@@ -7543,9 +7543,9 @@ def test_each_loss_is_read_once():
     """A run of 100,000 steps must not read all of them again each time it looks."""
     numbers = []
 
-    def read(unread, step, lr, batches):
+    def read(unread, step, batches):
         numbers.append(len(unread))
-        return read_values(unread, step, lr, batches)
+        return read_values(unread, step, batches)
 
     with patch("train.read_values", read):
         train_here(small_run(data_root=make_refcoco(), out=new_folder()))
@@ -7553,12 +7553,52 @@ def test_each_loss_is_read_once():
     assert numbers == [2, 1, 2, 1]  # the epochs end in steps 2, 3, 5 and 6
 
 
+def test_a_loss_that_is_not_finite_is_named_with_its_own_learning_rate():
+    """It is seen up to 24 steps later, when the rate is another; --lr must go below this one."""
+    batches = batches_of(few_shapes("val"))
+    unread = [(torch.tensor([math.nan, 2.0]), 0.1), (torch.tensor([3.0, 4.0]), 0.2)]
+
+    message = error_of(ValueError, read_values, unread, 2, batches)
+
+    assert message.startswith("step 1: loss nan, gradient 2.0, learning rate 1.00e-01;")
+
+
+def test_a_run_stopped_before_its_first_step_saves_nothing():
+    """Adam has no averages yet, so what it would save could not be resumed."""
+    out = new_folder()
+    flags = small_run(data_root=make_refcoco(), out=out, workers=0)
+    first = signal_at_call(1, signal.SIGTERM, Dataset.letterboxed)
+
+    with patch("data.Dataset.letterboxed", first):
+        message = error_of(SystemExit, train_here, flags)
+
+    assert message == "train.py: stopped before the first step; nothing is saved"
+    assert names_in(out) == {"log.jsonl"}
+    train_here(flags)
+    assert "before1" not in names_in(out)
+
+
+def test_a_finished_run_resumed_into_another_folder_draws_its_curves_there():
+    """No step is left to do, so the curve of the loss comes from the log that came along."""
+    one = new_folder()
+    other = new_folder()
+    flags = small_run(data_root=make_refcoco(), epochs=1)
+    train_here([*flags, "--out", str(one)])
+
+    train_here([*flags, "--resume", str(one / "last.pt"), "--out", str(other)])
+
+    assert names_in(other) == names_in(one)
+    assert (other / "curves.png").read_bytes() == (one / "curves.png").read_bytes()
+    (one / "log.jsonl").unlink()
+    train_here([*flags, "--resume", str(one / "last.pt"), "--out", str(new_folder())])
+
+
 def test_the_logged_loss_is_the_last_steps():
     """An average, or an older step's loss, would not match the line's step."""
     batches = Mock()
-    unread = [torch.tensor([1.0, 2.0]), torch.tensor([3.0, 4.0])]
+    unread = [(torch.tensor([1.0, 2.0]), 0.1), (torch.tensor([3.0, 4.0]), 0.2)]
 
-    assert read_values(unread, 2, 0.1, batches) == [3.0, 4.0]
+    assert read_values(unread, 2, batches) == [3.0, 4.0]
 
 
 def test_the_fourth_run_in_a_folder_keeps_all_earlier_ones():
@@ -7575,17 +7615,21 @@ def test_the_fourth_run_in_a_folder_keeps_all_earlier_ones():
         assert kept == f"of run {number - 1}"
 
 
-def test_a_best_model_that_is_there_is_not_replaced_by_that_of_another_folder():
-    """A run goes on in the folder that it was resumed into before."""
+def test_a_run_from_another_folder_mixes_with_none_that_is_there():
+    """Its best.pt would pass for this run's, and its log lines for what came before."""
     one = new_folder()
     other = new_folder()
-    (one / "best.pt").write_bytes(b"of one")
-    (other / "best.pt").write_bytes(b"of the other")
+    for name in ("best.pt", "log.jsonl", "last.pt"):
+        (one / name).write_bytes(b"of one")
+        (other / name).write_bytes(b"of the other")
 
     claim_folder(other, str(one / "last.pt"), step=5)
     leave_folder()
 
-    assert (other / "best.pt").read_bytes() == b"of the other"
+    assert names_in(other) == {"best.pt", "log.jsonl", "before1"}
+    for name in ("best.pt", "log.jsonl"):
+        assert (other / name).read_bytes() == b"of one"
+        assert (other / "before1" / name).read_bytes() == b"of the other"
 
 
 def test_stage_one_is_the_same_for_every_seed():

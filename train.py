@@ -125,7 +125,7 @@ def train(cfg: Config, saved: dict | None = None) -> dict:
         if rank == 0:
             save_checkpoint(out / "last.pt", raw, optimizer, step, best, validated)
 
-    unread = []  # loss and gradient norm of each step since they were last looked at
+    unread = []  # (loss and norm, learning rate) of each step since they were last looked at
     saved_at = time.monotonic()
 
     try:
@@ -159,14 +159,14 @@ def train(cfg: Config, saved: dict | None = None) -> dict:
                 lr = cfg.lr * lr_factor(cfg, step / total)
                 optimizer.param_groups[0]["lr"] = lr
                 torch.manual_seed((cfg.seed * total + step) * world + rank)
-                unread.append(train_step(model, optimizer, parts, cfg, device))
+                unread.append((train_step(model, optimizer, parts, cfg, device), lr))
                 step += 1
 
                 # Look at the losses now and then: reading them waits for the device.
                 is_logged = step % LOG_EVERY == 0 or step in epoch_ends
                 is_saved = time.monotonic() - saved_at > 60 * cfg.save_minutes
                 if is_logged or is_saved:
-                    loss, norm = read_values(unread, step, lr, batches)
+                    loss, norm = read_values(unread, step, batches)
                     unread = []
                 if rank == 0 and is_logged:
                     log.add_step(step, loss, norm, lr)
@@ -183,8 +183,10 @@ def train(cfg: Config, saved: dict | None = None) -> dict:
             print(f"look at {out}/panels.png and {out}/curves.png")
 
     except Stopped:
+        if step == 0:
+            sys.exit("train.py: stopped before the first step; nothing is saved")
         if unread:  # a loss that is not finite raises here, so that nothing is saved
-            read_values(unread, step, lr, batches)
+            read_values(unread, step, batches)
         save_last()
         sys.exit(f"train.py: stopped after step {step}; go on with --resume {out / 'last.pt'}")
     finally:
@@ -437,15 +439,17 @@ def validate(raw, val_set, cfg, device):
     return scores, rows
 
 
-def read_values(unread, step, lr, batches):
+def read_values(unread, step, batches):
     """[loss, gradient norm] of the last step.
 
     If a loss or norm is not finite, ValueError stops the run and names that step's objects.
-    unread: (2,) tensors of the steps that end with number `step`, counted from 1.
+    unread: of each step that is not looked at yet, the tensor (2,) of both and the learning rate.
+    step: the number of the last of them, counted from 1.
     """
-    values = torch.stack(unread).tolist()
+    values = torch.stack([loss_and_norm for loss_and_norm, _ in unread]).tolist()
+    rates = [rate for _, rate in unread]
     first = step - len(values) + 1
-    for number, (loss, norm) in enumerate(values, start=first):
+    for number, ((loss, norm), lr) in enumerate(zip(values, rates, strict=True), start=first):
         if not math.isfinite(loss + norm):
             raise ValueError(
                 f"step {number}: loss {loss}, gradient {norm}, learning rate {lr:.2e}; lower --lr "
@@ -468,9 +472,9 @@ RUN_FILES = ("log.jsonl", "last.pt", "best.pt", "curves.png", "panels.png")
 def claim_folder(out, resume, step):
     """Make --out this run's own: two runs in one folder would mix their files.
 
-    It stays so until leave_folder. A run that begins anew moves an earlier run's files into
-    OUT/before1, before2, ...; a log alone, of a run that never saved, is not worth that. A run that
-    is resumed from another folder copies best.pt from there.
+    It stays so until leave_folder. A run that begins anew, or comes from another folder, moves an
+    earlier run's files into OUT/before1, before2, ...; a log alone, of a run that never saved, is
+    not worth that. A run that comes from another folder copies its best.pt and log from there.
     """
     out.mkdir(parents=True, exist_ok=True)
     try:
@@ -481,8 +485,11 @@ def claim_folder(out, resume, step):
     for name in RUN_FILES:
         remove_leftovers(out / name)
 
+    source = Path(resume).parent if resume else out
+    comes_from_elsewhere = source.resolve() != out.resolve()
     left = [name for name in RUN_FILES if (out / name).exists()]
-    if step == 0 and left not in ([], ["log.jsonl"]):
+    begins_anew = step == 0 and left != ["log.jsonl"]
+    if left and (begins_anew or comes_from_elsewhere):
         number = 1
         while (out / f"before{number}").exists():
             number += 1
@@ -492,10 +499,11 @@ def claim_folder(out, resume, step):
             os.replace(out / name, earlier / name)
         print(f"{out} holds an earlier run: its files are now in {earlier}")
 
-    best = Path(resume).parent / "best.pt"
-    if resume and step and best.is_file() and not (out / "best.pt").exists():
-        with write_whole(out / "best.pt") as file:
-            file.write(best.read_bytes())
+    if step and comes_from_elsewhere:
+        for name in ("best.pt", "log.jsonl"):
+            if (source / name).is_file():
+                with write_whole(out / name) as file:
+                    file.write((source / name).read_bytes())
 
 
 def leave_folder():
@@ -703,6 +711,8 @@ def draw_plot(draw, left, entries, key, title):
     """Axes with a curve of one value of the log, `left` pixels from the sheet's edge."""
     steps = [entry["step"] for entry in entries if key in entry]
     values = [entry[key] for entry in entries if key in entry]
+    if not values:  # such as of a log that was lost
+        return
     right = max(steps)
     top = math.ceil(max(1, 10 * max(values))) / 10  # the next tenth
     draw.text((left, 12), title, "black")
