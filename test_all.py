@@ -2206,6 +2206,18 @@ def hostile_pickle(folder: Path) -> bytes:
     return b"\x80\x02cos\nmkdir\nX" + len(name).to_bytes(4, "little") + name + b"\x85R."
 
 
+def test_a_damaged_zip_of_photos_is_named_with_its_cure():
+    """train2014.zip has 13 GB, and a copy of it is easily cut off."""
+    root = make_refcoco(zipped=True)
+    path = root / "images" / "train2014.zip"
+    path.write_bytes(path.read_bytes()[:-30])
+
+    message = error_of(ValueError, open_dataset("refcoco", "train", root).photo, 0)
+
+    assert f"{path} cannot be read" in message
+    assert "weights.py coco" in message
+
+
 def test_broken_and_hostile_refs_are_named_and_run_nothing():
     """A pickle is a program. Each of these runs code, asks for all memory, is cut, or is
     something else."""
@@ -7211,6 +7223,18 @@ def test_sparse_and_whole_number_weights_are_refused():
         message = error_of(ValueError, load_model, path)
 
         assert f"{path}: weights do not fit: {name} " in message
+
+
+def test_a_report_never_replaces_a_device():
+    """As root, /dev/stdout would become a file for all programs. A pipe stands for it here."""
+    pipe = new_folder() / "pipe"
+    os.mkfifo(pipe)
+
+    for flag in ("--json", "--per_sentence", "--panels"):
+        message = error_of(ValueError, evaluate_prints, "--checkpoint", saved_model(), flag, pipe)
+
+        assert f"{pipe} is a folder or a device" in message
+        assert pipe.is_fifo()
 
 
 def test_reports_never_replace_a_photo_or_mask_of_the_data_set():
