@@ -1,7 +1,7 @@
 """What this project claims, as tests.
 
     python test_all.py               every test but the slow ones
-    python test_all.py slow          these: a miniature of Table 2, two minutes
+    python test_all.py slow          these: a miniature of Table 2, and the compiler; three minutes
     python test_all.py word ...      the tests with every word in their name
     python test_all.py kill --kills 100     tests with "kill" in their name, with so many kills
     python test_all.py fuzz --cases 5000    odd and broken input of every kind, counted
@@ -1040,7 +1040,7 @@ def test_every_method_trains_in_one_graph():
         assert counter.frame_count == 1, method
 
 
-def test_the_compiler_that_training_uses_gives_the_same_logits_and_gradients():
+def test_slow_compiler_that_training_uses_gives_the_same_logits_and_gradients():
     """Inductor writes and compiles C++ here, so the model is the smallest that has every part."""
     torch._dynamo.reset()
     smallest = {"vision_depth": 3, "taps": (0, 1), "visual_layers": (2,), "text_layers": (0,)}
