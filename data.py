@@ -576,10 +576,15 @@ class Dataset:
         return self.record(i)["key"]
 
     def files(self) -> set[str]:
-        """The paths of all photos and masks. evaluate.py refuses to write over them."""
+        """The paths of all photos, of zips they may lie in, and of masks.
+
+        evaluate.py refuses to write over them.
+        """
         records = [self.record(i) for i in range(len(self))]
         masks = {record["mask"] for record in records if isinstance(record["mask"], str)}
-        return masks | {record["photo"] for record in records}
+        photos = {record["photo"] for record in records}
+        zips = {f"{Path(photo).parent}.zip" for photo in photos}
+        return masks | photos | zips
 
     def letterboxed(self, i: int, size: int, rule: str = "aligned") -> np.ndarray:
         """The photo in its square, uint8 (size, size, 3).
@@ -748,7 +753,7 @@ def check_counts(name, split, refs, root):
     objects, sentences = REFCOCO[name][split]
     found = len(refs)
     spoken = sum(len(ref["sentences"]) for ref in refs)
-    if 0 < found < 0.9 * objects:
+    if found < 0.9 * objects:
         print(f"{name}: {found:,} of {objects:,} {split} objects here (a mini set)")
     elif found != objects or (sentences is not None and sentences != spoken):
         raise ValueError(
@@ -855,7 +860,8 @@ def line_record(entry, folder):
         "size": size,
         "photo": photo,
         "mask": mask,
-        "key": f"{photo} {os.path.getmtime(photo)}",  # a changed photo needs a new cache file
+        # links to one photo are one; a changed photo needs a new cache file
+        "key": f"{os.path.realpath(photo)} {os.path.getmtime(photo)}",
     }
 
 
@@ -1490,7 +1496,8 @@ def write_whole(path: str | Path):
             f"(free space or change the folder): {error}"
         ) from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # such as where no file of this name can be
+            temporary.unlink()
 
 
 def remove_leftovers(path):

@@ -48,7 +48,7 @@ from data import (
     write_whole,
 )
 from model import DCRIS
-from weights import digest_of, fetch_release, load_model, save_image
+from weights import FILES, digest_of, fetch_release, load_model, save_image
 
 # mIoU in percent of DCRIS-B and DCRIS-L in the paper's Table 1
 PAPER = {
@@ -253,7 +253,8 @@ def predict(model, image, tokens, sizes, threshold=None, bf16=False):
     for prob in restore_probabilities(logits, sizes, cfg.image_size, cfg.mask_rule):
         pred = prob > least
         preds.append(pred)
-        confidences.append((prob * pred).sum() / pred.sum().clamp(min=1))
+        certain = prob.clamp(0, 1)  # cubic enlarging overshoots a little
+        confidences.append((certain * pred).sum() / pred.sum().clamp(min=1))
     return preds, torch.stack(confidences)
 
 
@@ -386,8 +387,7 @@ def label_pictures(photo, truth, preds):
     pictures = [("photo", photo), ("ground truth", paint(photo, truth, GREEN))]
     for name, pred in preds.items():
         iou = (pred & truth).sum() / max(1, (pred | truth).sum())
-        short = "/".join(Path(name).parts[-2:])[:18]
-        pictures.append((f"{short}, IoU {100 * iou:.1f}", paint(photo, pred, RED)))
+        pictures.append((f"{name[-18:]}, IoU {100 * iou:.1f}", paint(photo, pred, RED)))
     if len(preds) == 1:
         pictures.append(("blue: missed, red: wrong", paint(photo, pred, RED, truth)))
     return pictures
@@ -425,7 +425,7 @@ def draw_panels(cases, path):
     save_image(Image.fromarray(np.concatenate(strips)), path)
 
 
-def showcase(models, dataset, rows, threshold=None):
+def showcase(models, dataset, rows, threshold=None, bf16=False):
     """The cases of draw_panels for the two best, two middle and two worst of evaluate's rows.
 
     models: {name: model}; each predicts every case.
@@ -440,7 +440,7 @@ def showcase(models, dataset, rows, threshold=None):
             photo = dataset.photo(i)
             preds = {}
             for name, model in models.items():
-                preds[name], _ = segment_all(model, photo, [row["phrase"]], threshold)[0]
+                preds[name], _ = segment_all(model, photo, [row["phrase"]], threshold, bf16)[0]
             phrase = " ".join(row["phrase"].split())  # on one line
             title = f'{dataset.split}, {standing}: "{phrase}"'
             cases.append((title, photo, dataset.mask(i), preds))
@@ -611,8 +611,11 @@ def score_splits(models, args, written):
     # all opened at first, so that faults show before any work
     datasets = [open_dataset(args.dataset, split, args.data_root) for split in splits]
     if written:
+        annotations = Path(args.data_root).glob("refcoco*/*")
+        kept = [args.dataset, *annotations]
         for dataset in datasets:
-            refuse_to_overwrite(written, [args.dataset, *dataset.files()])
+            kept += dataset.files()
+        refuse_to_overwrite(written, kept)
     conditions = {path: conditions_of(path, model, args) for path, model in models.items()}
 
     reports = []
@@ -642,7 +645,7 @@ def score_splits(models, args, written):
             if rank == 0:
                 print_report(reports[-1], time.time() - started)
         if args.panels and rank == 0:
-            cases += showcase(models, dataset, rows, args.threshold)
+            cases += showcase(models, dataset, rows, args.threshold, args.bf16)
 
     if args.json and rank == 0:
         with write_whole(args.json) as file:
@@ -686,7 +689,10 @@ def segment_photos(model, args, written):
     paths = iter(written)
     for path in args.image:  # one by one: many photos need the memory of one
         photo = open_image(path)
-        results = segment_all(model, photo, args.text, args.threshold, args.bf16)
+        results = []
+        for start in range(0, len(args.text), args.batch_size):
+            some = args.text[start : start + args.batch_size]
+            results += segment_all(model, photo, some, args.threshold, args.bf16)
         for text, (mask, confidence) in zip(args.text, results, strict=True):
             mask_path = next(paths)
             overlay_path = next(paths)
@@ -732,7 +738,7 @@ def parse_flags(argv):
     add("--batch_size", type=int, default=32, help="Sentences computed at once (%(default)s).")
     add("--workers", type=int, default=workers, help="Processes that load photos (%(default)s).")
 
-    add("--split", default="val", help="The split to score, or all (%(default)s).")
+    add("--split", default="val", help="The split, or all; of a .jsonl, all is val (%(default)s).")
     add("--dataset", help="A data set, or a .jsonl file (the checkpoint's own).")
     add("--data_root", help="Folder of the data sets (the checkpoint's own).")
     add(
@@ -785,7 +791,9 @@ def plan_files(args):
     elif not args.benchmark:
         written = [path for path in (args.json, args.per_sentence, args.panels) if path]
 
-    refuse_to_overwrite(written, (args.checkpoint, *args.compare, args.dataset, *args.image))
+    released = [Path(args.weights or "weights", name) for name in FILES]
+    read = (args.checkpoint, *args.compare, args.dataset, *args.image, *released)
+    refuse_to_overwrite(written, read)
     return written
 
 
@@ -799,6 +807,9 @@ def refuse_to_overwrite(written, kept):
         key = file_key(path)
         if os.path.exists(path) and not os.path.isfile(path):
             raise ValueError(f"{path} is a folder or a device: name a file to write")
+        for parent in Path(path).parents:
+            if parent.exists() and not parent.is_dir():
+                raise ValueError(f"{path}: {parent} is no folder")
         if key in taken:
             raise ValueError(f"{path} would overwrite {taken[key]}: choose another name")
         taken[key] = path

@@ -7225,6 +7225,126 @@ def test_sparse_and_whole_number_weights_are_refused():
         assert f"{path}: weights do not fit: {name} " in message
 
 
+def test_reports_never_replace_what_was_downloaded():
+    """Photos in their zip, annotations, released weights: hours of a network each."""
+    root = make_refcoco(zipped=True)
+    flags = ["--checkpoint", saved_model(data_root=str(root))]
+    weights = new_folder()
+
+    for path in (
+        root / "images" / "train2014.zip",
+        root / "refcoco" / "instances.json",
+        root / "refcoco" / "refs(unc).p",
+        weights / "ViT-B-16.pt",
+    ):
+        before = path.read_bytes() if path.exists() else None
+        message = error_of(
+            ValueError, evaluate_prints, *flags, "--weights", weights, "--json", path
+        )
+
+        assert f"{path} would overwrite" in message
+        assert before is None or path.read_bytes() == before
+
+
+def test_a_file_in_place_of_a_folder_is_named_before_any_work():
+    """Scoring takes an hour; what cannot be written must be said before."""
+    path = new_folder() / "file"
+    path.touch()
+    flags = ["--checkpoint", str(saved_model()), "--json", str(path / "scores.json")]
+
+    with patch("evaluate.load_model", side_effect=AssertionError("work")):
+        message = error_of(ValueError, evaluate_prints, *flags)
+
+    assert f"{path} is no folder" in message
+
+
+def test_a_path_that_no_file_can_have_is_told_as_any_failed_write():
+    """The temporary file cannot be removed either, and that must not hide why."""
+    path = new_folder() / "file"
+    path.touch()
+
+    message = error_of(OSError, write_bytes, path / "inside", b"new")
+
+    assert f"{path / 'inside'} is as it was" in message
+
+
+def test_a_confidence_is_never_above_one():
+    """Cubic enlarging overshoots: where all logits are far above 0, so would their mean."""
+    model = scoring_model()
+    logits = torch.full((1, 1, 16, 16), -20.0)
+    logits[..., 4:12, 4:12] = 20.0
+    batch = random_batch(model.config, pairs=1)
+
+    with patch.object(DCRIS, "forward", return_value=logits):
+        _, (confidence,) = predict(model, batch["image"], batch["tokens"], [(48, 48)], 0.9)
+
+    assert 0.9 < confidence <= 1
+
+
+def test_a_model_without_released_files_keeps_its_words_wherever_these_lie():
+    """CLIP's ids mean other words than checksums: a swap would change every score."""
+    path = saved_model()
+
+    with released_folder(small_model(method="frozen")) as folder:
+        model = load_model(path, weights=str(folder))
+        released = new_folder() / "best.pt"
+        save_checkpoint(released, new_model(small_config(weights=str(folder))))
+        message = error_of(ValueError, load_model, released, weights="none")
+
+    assert model.tokenizer.vocab_path is None
+    assert f"{released} needs CLIP's files" in message
+
+
+def test_many_texts_about_a_photo_are_computed_in_batches():
+    """A map of the photo's size for each text of a batch: 12 megapixels take 50 MB each."""
+    photo = next(make_refcoco().glob("images/*/*.jpg"))
+    out = new_folder() / "mask.png"
+    flags = ["--checkpoint", saved_model(), "--image", photo, "--out", out, "--batch_size", "2"]
+
+    with patch("evaluate.segment_all", wraps=segment_all) as called:
+        evaluate_prints(*flags, "--text", "cup", "plate", "dog")
+
+    assert [call.args[2] for call in called.call_args_list] == [["cup", "plate"], ["dog"]]
+    assert len(list(out.parent.glob("mask_?.png"))) == 3
+
+
+def test_panels_are_drawn_in_the_precision_that_was_scored():
+    """In bfloat16 a mask differs by some pixels, and its IoU would not be that of its row."""
+    flags = ["--checkpoint", saved_model(data_root=str(make_refcoco())), "--bf16"]
+
+    with patch("evaluate.segment_all", wraps=segment_all) as called:
+        evaluate_prints(*flags, "--panels", new_folder() / "panels.png")
+
+    assert all(call.args[4] for call in called.call_args_list)
+
+
+def test_a_mini_set_may_lack_a_split():
+    """To delete the set, which the message of other counts advises, would be wrong here."""
+    message = error_of(ValueError, open_dataset, "refcoco", "testA", make_refcoco())
+
+    assert message == "refcoco holds no object of split 'testA'"
+
+
+def test_what_is_missing_in_another_folder_is_fetched_into_that():
+    """Without the flag, the advice would fetch it to where nobody looks."""
+    folder = new_folder()
+
+    message = error_of(FileNotFoundError, find_file, VOCABULARY, folder)
+
+    assert message.endswith(f"run python weights.py dcris_b --weights {folder}")
+
+
+def test_two_links_to_one_photo_are_one_photo():
+    """--shuffle_text would else pair a photo with its own phrases."""
+    path = write_jsonl()
+    (path.parent / "link.png").symlink_to(path.parent / "a.png")
+    path.write_text("\n".join(json.dumps(GOOD_LINE | {"image": n}) for n in ("a.png", "link.png")))
+
+    own = open_dataset(str(path), "val")
+
+    assert own.photo_key(0) == own.photo_key(1)
+
+
 def test_a_report_never_replaces_a_device():
     """As root, /dev/stdout would become a file for all programs. A pipe stands for it here."""
     pipe = new_folder() / "pipe"
@@ -7848,15 +7968,15 @@ def test_where_no_rates_are_tried_the_best_is_the_first_seeds():
     assert line.split()[1:5] == ["52.0", "2.8", "50.0", "0.0006"]
 
 
-def test_panels_name_a_model_by_its_folder_and_file():
-    """Two runs have one best.pt each; without their folders both would have the same label."""
+def test_panels_name_a_model_by_the_end_of_its_path():
+    """Two runs have one best.pt each, in folders whose names may differ at their end only."""
     photo = Image.new("RGB", (4, 4))
     mask = np.ones((4, 4), bool)
-    preds = {"runs/one/best.pt": mask, "runs/two/best.pt": ~mask}
+    preds = {"tables/lr-0.0003-seed0/best.pt": mask, "tables/lr-0.0003-seed1/best.pt": ~mask}
 
     labels = [label for label, _ in label_pictures(photo, mask, preds)]
 
-    assert labels[2:] == ["one/best.pt, IoU 100.0", "two/best.pt, IoU 0.0"]
+    assert labels[2:] == ["0003-seed0/best.pt, IoU 100.0", "0003-seed1/best.pt, IoU 0.0"]
 
 
 def test_what_is_outside_of_a_mask_is_faded_to_60_percent_white():

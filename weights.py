@@ -42,11 +42,16 @@ def load_model(path_or_name: str | Path, device: str = "cpu", weights: str = "")
 
     path_or_name: a checkpoint, ours or the authors', or the name of a release such as
     detris_b_refcoco, which is fetched. weights: the folder of the released files, if it is another
-    than the checkpoint says. Raises OSError or ValueError, which name the file.
+    than the checkpoint says. A model that needs none of them does not look there. Raises OSError or
+    ValueError, which name the file.
     """
     saved = read_checkpoint(path_or_name, weights or "weights")
     config = Config(**saved["config"])
-    if weights:
+    if weights and are_released(config.weights):
+        if not are_released(weights):
+            raise ValueError(
+                f"{saved['path']} needs CLIP's files; --weights {weights} is no folder"
+            )
         config = replace(config, weights=weights)
     return restore_model(saved, config).to(device).eval()
 
@@ -737,7 +742,8 @@ def find_file(name, root):
     fault = find_fault(path, FILES[name].bytes)
     if fault:
         wanted = next(wanted for wanted, names in NEEDS.items() if name in names)
-        raise FileNotFoundError(f"{path} is {fault}; run python weights.py {wanted}")
+        folder = "" if str(root) == "weights" else f" --weights {root}"
+        raise FileNotFoundError(f"{path} is {fault}; run python weights.py {wanted}{folder}")
     return path
 
 
