@@ -1436,7 +1436,9 @@ def cache_photos(dataset, folder, size, rule="aligned"):
     # the different photos, an object that has each, and of each object the number of its photo
     photos, objects, numbers = np.unique(keys, return_index=True, return_inverse=True)
 
-    digest = zlib.crc32(repr(photos.tolist()).encode())
+    # where the photos lie, too: another set of the same layout may number its photos alike
+    places = [dataset.record(int(i)).get("photo") for i in objects]
+    digest = zlib.crc32(repr([photos.tolist(), places]).encode())
     name = f"{Path(dataset.name).stem}-{dataset.split}-{size}-{rule}-{digest:08x}.u8"
     path = Path(folder, name)
     path.parent.mkdir(parents=True, exist_ok=True)

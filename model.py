@@ -308,6 +308,8 @@ BELOW = {
     "vision_depth": 1000,
     "text_depth": 1000,
     "decoder_depth": 1000,
+    "batch_size": 100_000,
+    "epochs": 100_000,
 }
 DIVISORS = {
     "image_size": "patch_size",

@@ -5760,7 +5760,7 @@ def test_a_run_that_waits_for_its_loader_can_be_stopped():
 
     assert message.startswith("train.py: stopped after step ")
     assert time.monotonic() - started < 30
-    assert read_checkpoint(out / "last.pt")["validated"] >= 1
+    assert read_checkpoint(out / "last.pt")["step"] >= 1
     for child in multiprocessing.active_children():
         child.kill()
 
@@ -5864,8 +5864,9 @@ def test_a_run_that_begins_drops_the_log_of_another():
 
 
 def test_last_is_saved_after_every_epoch_and_when_its_minutes_are_over():
-    """By hand: the epochs of six objects, four a step, end in steps 2, 3, 5 and 6. With no minutes
-    between two saves, every step is saved, and again with its score where an epoch ends."""
+    """By hand: the epochs of six objects, four a step, end in steps 2, 3, 5 and 6: there it is
+    saved before val is scored, and again with the score. With no minutes between two saves, every
+    step is saved, too."""
     flags = small_run(data_root=make_refcoco())
     steps = {}
     for minutes in (10, 0):
@@ -5879,8 +5880,8 @@ def test_last_is_saved_after_every_epoch_and_when_its_minutes_are_over():
             train_here([*flags, "--save_minutes", str(minutes), "--out", str(new_folder())])
         steps[minutes] = saved
 
-    assert steps[10] == [2, 3, 5, 6]
-    assert steps[0] == [1, 2, 2, 3, 3, 4, 5, 5, 6, 6]
+    assert steps[10] == [2, 2, 3, 3, 5, 5, 6, 6]
+    assert steps[0] == [1, 2, 2, 2, 3, 3, 3, 4, 5, 5, 5, 6, 6, 6]
 
 
 # ---- checkpoints that a run can start from ----
@@ -7722,6 +7723,120 @@ def test_a_run_stopped_before_its_first_step_saves_nothing():
     assert "before1" not in names_in(out)
 
 
+@functools.cache
+def finished_run() -> tuple[list[str], Path]:
+    """The flags and the folder of a run of one epoch, two steps. Its folder is only read."""
+    flags = small_run(data_root=make_refcoco(), epochs=1, workers=0)
+    out = new_folder()
+    train_here([*flags, "--out", str(out)])
+    return flags, out
+
+
+def test_a_run_goes_on_only_as_what_it_was():
+    """With another batch size its steps, with another set or rule its best score, and with another
+    method its weights would mean something else."""
+    flags, out = finished_run()
+    resume = ["--resume", str(out / "last.pt"), "--out", str(new_folder())]
+
+    for name, value, before in (
+        ("dataset", "refcoco+", "refcoco"),
+        ("mask_rule", "detris", "aligned"),
+        ("batch_size", "2", "4"),
+        ("method", "full", "dcris"),
+    ):
+        changed = [*flags, *resume, f"--{name}", value]
+        message = error_of(ValueError, train_here, changed)
+
+        assert message.startswith(f"--{name} {value}: "), message
+        assert f"is of a run with {before};" in message, message
+
+
+def test_a_lost_best_model_is_found_again():
+    """Whoever copied last.pt alone would be told of a best.pt that is not there."""
+    flags, out = finished_run()
+    moved = new_folder()
+    shutil.copy(out / "last.pt", moved)
+
+    train_here([*flags, "--resume", str(moved / "last.pt")])
+
+    assert read_checkpoint(moved / "best.pt")["step"] == 2
+
+
+def test_a_broken_photo_of_val_does_not_cost_the_epoch():
+    """The last save may be ten minutes old when val is scored."""
+    out = new_folder()
+    flags = small_run(data_root=make_refcoco(), out=out, workers=0)
+
+    with patch("train.evaluate", side_effect=ValueError("a photo is broken")):
+        error_of(ValueError, train_here, flags)
+
+    assert read_checkpoint(out / "last.pt")["step"] == 2
+
+
+def test_a_cache_is_not_shared_by_sets_that_number_their_photos_alike():
+    """Two sets in RefCOCO's layout, each with photos 1 to 8, and one folder for the cache."""
+    folder = new_folder()
+    one = open_dataset("refcoco", "train", make_refcoco())
+    other = open_dataset("refcoco", "train", make_refcoco())
+
+    cache_photos(one, folder, 32)
+    cache_photos(other, folder, 32)
+
+    assert one.cache.path != other.cache.path
+
+
+def test_a_row_goes_on_however_its_folder_is_named():
+    """Once relative and once absolute, or resumed by hand as a stopped run advises."""
+    config = small_config(data_root=str(make_refcoco()), dataset="refcoco", workers=0)
+    config.out = str(new_folder())
+    score = train_row(config, 0, 1e-3)
+    path = Path(config.out, "seed0-lr0.001", "last.pt")
+    saved = torch.load(path, weights_only=True)
+    saved["config"]["resume"] = str(path)
+    torch.save(saved, path)
+    config.out = os.path.relpath(config.out)
+
+    with patch("train.train", side_effect=AssertionError("trained again")):
+        assert train_row(config, 0, 1e-3) == score
+
+
+def test_a_table_is_trained_alone():
+    """Each row makes a group of processes of its own, which torchrun allows once."""
+    flags = ["--table", "3", "--preset", "tiny"]
+
+    with patch.dict(os.environ, WORLD_SIZE="2"):
+        message = error_of(ValueError, train_program, flags)
+    assert "no torchrun" in message
+    path = str(finished_run()[1] / "last.pt")
+    assert "no --resume" in error_of(ValueError, train_program, [*flags, "--resume", path])
+
+
+def test_a_release_is_resumed_from_the_folder_of_weights():
+    """evaluate.py looks there, too; without a network nothing else would do."""
+    for weights, folder in (("elsewhere", "elsewhere"), ("none", "weights")):
+        with patch("weights.download", side_effect=OSError("no network")) as fetched:
+            flags = ["--resume", "detris_b_refcoco", "--weights", weights]
+            error_of(OSError, train_program, flags)
+
+        assert fetched.call_args.args == ("base_refcoco.pth", folder)
+
+
+def test_encoders_with_other_heads_are_refused():
+    """Their weights fit in shape, and would compute something else."""
+    path, config = pretrained_file()
+
+    message = error_of(ValueError, new_model, replace(config, text_heads=4))
+
+    assert f"{path} has --text_heads 2, not 4" in message
+
+
+def test_stage_one_never_writes_over_a_run():
+    """--weights out/best.pt --pretrain would replace a trained model by stand-ins."""
+    message = error_of(ValueError, train_program, ["--pretrain", "--weights", "out/best.pt"])
+
+    assert "would overwrite a run's out/best.pt" in message
+
+
 def test_a_finished_run_resumed_into_another_folder_draws_its_curves_there():
     """No step is left to do, so the curve of the loss comes from the log that came along."""
     one = new_folder()
@@ -8250,7 +8365,7 @@ def test_too_little_memory_ends_in_one_line_and_advice():
     def too_much() -> None:
         pages = int(Path("/proc/self/statm").read_text().split()[0])
         limited(resource.RLIMIT_AS, pages * os.sysconf("SC_PAGE_SIZE") + (1 << 29))
-        evaluate_program([*asked, "--text", *texts])
+        evaluate_program([*asked, "--batch_size", "20000", "--text", *texts])
 
     message = message_in_child(too_much)
 

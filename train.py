@@ -129,14 +129,19 @@ def train(cfg: Config, saved: dict | None = None) -> dict:
     saved_at = time.monotonic()
 
     try:
-        if rank == 0:
-            claim_folder(out, cfg.resume, step)
-            keep_lines_until(out / "log.jsonl", step, validated)
         signals = StopSignals(rank)
+        if rank == 0:
+            with signals.held():
+                claim_folder(out, cfg.resume, step)
+                keep_lines_until(out / "log.jsonl", step, validated)
+            if not (out / "best.pt").exists():
+                best = -1.0  # the model of that score is lost
         while True:
             # After an epoch: validate, and keep the best model so far. This stands before the step
             # so that a run that was stopped right after an epoch validates when it is resumed.
             if step in epoch_ends and validated < step:
+                with signals.held():
+                    save_last()  # a broken photo of val must not cost the epoch
                 scores, rows = validate(raw, val_set, cfg, device)
                 epoch = sum(end <= step for end in epoch_ends)
                 with signals.held():
@@ -190,10 +195,10 @@ def train(cfg: Config, saved: dict | None = None) -> dict:
         save_last()
         sys.exit(f"train.py: stopped after step {step}; go on with --resume {out / 'last.pt'}")
     finally:
-        leave_folder()
         # from here on signals end the program as they do elsewhere
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         signal.signal(signal.SIGINT, signal.default_int_handler)
+        leave_folder()
     # DistributedDataParallel must go before its process group. If it were the last to hold the
     # group, it would end it while it holds Python's lock, and a thread of the group may wait for
     # that lock.
@@ -271,6 +276,8 @@ def pretrain(cfg, device):
             f"--pretrain makes a .pt file, and --weights is {cfg.weights}: leave --pretrain out to "
             "start from released encoders, or name a file such as weights/tiny_encoders.pt"
         )
+    if Path(cfg.weights).name in RUN_FILES:
+        raise ValueError(f"--pretrain would overwrite a run's {cfg.weights}: name another file")
     started = time.monotonic()
     torch.manual_seed(0)  # the encoders are the same for every --seed, as released files are
     # nothing frozen, no adapters, random numbers to begin with
@@ -420,6 +427,13 @@ def resume_point(cfg, saved, optimizer, total):
             f"{cfg.resume} is at step {saved['step']}, beyond the {total} of this run: "
             "raise --epochs"
         )
+    for name in ("dataset", "mask_rule", "batch_size", "method"):
+        before = saved["config"].get(name, getattr(Config, name))
+        if getattr(cfg, name) != before:  # then its steps and its best score mean something else
+            raise ValueError(
+                f"--{name} {getattr(cfg, name)}: {saved['path']} is of a run with {before}; begin "
+                "anew from its best.pt, with another --out"
+            )
     load_optimizer(optimizer, saved["optimizer"], saved["path"])
     # A run that is resumed at its end validates once more, since the pictures at the end need the
     # sentences: the loop does so where validated < step.
@@ -808,7 +822,7 @@ TINY_TABLES = {
         ),
         "lora": (73.4, "--method lora --visual_layers 0 1 2 3 --visual_rank 68 --text_rank 68"),
         "etris": (74.5, "--method etris --visual_rank 88"),
-        "dcris": (76.4, "--visual_rank 32 --text_rank 16"),
+        "dcris": (76.4, "--method dcris --visual_rank 32 --text_rank 16"),
     },
     3: {
         "none": (74.9, "--visual_layers --text_layers"),
@@ -873,7 +887,8 @@ def train_row(cfg, seed, rate):
     saved = None
     if (out / "last.pt").exists():
         saved = read_checkpoint(out / "last.pt")
-        if Config(**saved["config"]) != run:
+        # how its folder was named then, and whether it was resumed, makes it no other run
+        if replace(Config(**saved["config"]), out=run.out, resume="") != run:
             raise ValueError(f"{out} holds a run of other settings: choose another --out")
         if saved["validated"]:  # after its only epoch
             return saved["best"]
@@ -888,11 +903,13 @@ def main(argv=None):
     # --resume is read first: the other flags must fit the checkpoint's settings, not a preset's
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--resume")
-    resume = first.parse_known_args(argv)[0].resume
+    first.add_argument("--weights", default="weights")
+    early, _ = first.parse_known_args(argv)
+    resume = early.resume
     saved = None
     settings = None
     if resume:
-        saved = read_checkpoint(resume)
+        saved = read_checkpoint(resume, early.weights)
         settings = saved["config"]
         if saved["optimizer"] is not None:
             # a run goes on where its checkpoint lies, also after a move
@@ -902,6 +919,8 @@ def main(argv=None):
         torch.set_num_threads(cfg.threads)
 
     if cfg.table and cfg.preset == "tiny":  # named, not merely the default: the rows are trained
+        if resume or int(os.environ.get("WORLD_SIZE", 1)) > 1:
+            raise ValueError("--table goes on by itself, in one process: no --resume, no torchrun")
         train_table(argv or sys.argv[1:])
     elif cfg.table:
         print_table(cfg.table)

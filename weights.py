@@ -138,7 +138,8 @@ def read_checkpoint(path_or_name, weights="weights"):
     The authors' file, or the name of one of their releases, comes in the same form. weights: the
     folder that releases are fetched into. Raises OSError or ValueError; both name the file.
     """
-    path = fetch_release(path_or_name, weights)
+    folder = weights if are_released(weights) else "weights"
+    path = fetch_release(path_or_name, folder)
     if not os.path.isfile(path):
         releases = " ".join(RELEASES)
         raise FileNotFoundError(f"{path} is missing; run python train.py or name one of {releases}")
@@ -245,6 +246,10 @@ def load_own_encoders(model, path):
     other = load_model(path)
     if are_released(other.config.weights):  # then its text encoder reads CLIP's ids
         raise ValueError(f"{path} has the released encoders: name their folder with --weights")
+    for name in ("vision_heads", "text_heads"):  # no shape tells them
+        heads = getattr(other.config, name)
+        if getattr(model.config, name) != heads:
+            raise ValueError(f"{path} has --{name} {heads}, not {getattr(model.config, name)}")
     state = other.state_dict()
     for name in state.keys() - encoder_keys(other):
         del state[name]
