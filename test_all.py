@@ -8034,11 +8034,12 @@ def test_a_cache_is_not_used_for_photos_that_changed():
 
 
 def test_after_a_save_its_minutes_begin_anew():
-    """Large checkpoints take seconds to write. Six steps of two minutes in one epoch, and five
-    minutes between two saves: the third is saved, then the sixth, then the epoch's end, twice."""
+    """Large checkpoints take seconds to write. Two epochs of six steps of two minutes, and seven
+    minutes between two saves: the fourth is saved, then the end of the epoch, twice, and the fourth
+    after that."""
     now = [0.0]
     saved_steps = []
-    flags = small_run(data_root=make_refcoco(), epochs=1, batch_size=1, save_minutes=5)
+    flags = small_run(data_root=make_refcoco(), epochs=2, batch_size=1, save_minutes=7)
 
     def slow_step(*arguments):
         now[0] += 120
@@ -8055,7 +8056,7 @@ def test_after_a_save_its_minutes_begin_anew():
     ):
         train_here([*flags, "--out", str(new_folder())])
 
-    assert saved_steps == [3, 6, 6, 6]
+    assert saved_steps == [4, 6, 6, 10, 12, 12]
 
 
 def test_the_size_of_a_photo_is_told_as_it_will_be_opened():
