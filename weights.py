@@ -138,8 +138,7 @@ def read_checkpoint(path_or_name, weights="weights"):
     The authors' file, or the name of one of their releases, comes in the same form. weights: the
     folder that releases are fetched into. Raises OSError or ValueError; both name the file.
     """
-    folder = weights if are_released(weights) else "weights"
-    path = fetch_release(path_or_name, folder)
+    path = fetch_release(path_or_name, weights)
     if not os.path.isfile(path):
         releases = " ".join(RELEASES)
         raise FileNotFoundError(f"{path} is missing; run python train.py or name one of {releases}")
@@ -784,10 +783,14 @@ PAUSE = 1.0  # seconds before the next try; doubled with each vain one, a minute
 
 
 def fetch_release(name_or_path, weights):
-    """The file of a release that is given by its name, fetched if need be; a path as it is."""
+    """The file of a release that is given by its name, fetched if need be; a path as it is.
+
+    weights: the folder to fetch it into; "weights" where this is no folder.
+    """
     if name_or_path not in RELEASES:
         return name_or_path
-    paths = [download(name, weights) for name in RELEASES[name_or_path]]
+    folder = weights if are_released(weights) else "weights"
+    paths = [download(name, folder) for name in RELEASES[name_or_path]]
     return paths[0]
 
 
